@@ -1,0 +1,293 @@
+"""
+The composition root: settings in, a wired daemon out.
+
+Heavy libraries are imported where they are chosen, so that a command that only reads loads none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from jobdaemon import schema_version
+from jobdaemon.db import DatabaseAddress
+from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
+from jobdaemon.domain.plan import Plan
+from jobdaemon.domain.retry import RetryPolicy
+from jobdaemon.errors import JobdaemonError, SettingsError
+from jobdaemon.events import Events, UpkeepFailed
+from jobdaemon.ports import ArtifactStore, BeautifyBackend, Provider, Stage
+from jobdaemon.queue.attempt import AttemptRules
+from jobdaemon.queue.store import PostgresJobStore
+from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
+from jobdaemon.settings import Settings
+
+if TYPE_CHECKING:
+    from jobdaemon.http import GuardedClient
+
+
+def program_version() -> str:
+    """This program's version."""
+    return version("jobdaemon")
+
+
+@contextmanager
+def database_url(settings: Settings) -> Iterator[str]:
+    """
+    The configured database, or the embedded one, kept running for as long as the block.
+
+    The embedded database is ours alone, so it is brought up to date here; a configured one is migrated by its operator.
+
+    Raises:
+        DatabaseUnavailableError: the embedded server does not start.
+    """
+    if settings.database.url is not None:
+        yield settings.database.url.get_secret_value()
+        return
+    from jobdaemon.embedded import EmbeddedPostgres
+
+    server = EmbeddedPostgres(settings.data_dir)
+    url = server.acquire()
+    try:
+        yield url
+    finally:
+        server.release()
+
+
+def address(settings: Settings, url: str) -> DatabaseAddress:
+    """How asyncpg reaches *url*."""
+    return DatabaseAddress(
+        url,
+        connect_timeout=settings.database.connect_timeout,
+        use_statement_cache=settings.database.statement_cache,
+    )
+
+
+def plans(settings: Settings) -> list[Plan]:
+    """The plans as rows."""
+    return [
+        Plan(
+            name=name,
+            images=plan.images,
+            priority=plan.priority,
+            lift_after=plan.lift_after,
+            expires_after=plan.expires_after,
+            max_open_orders=plan.max_open_orders,
+            max_open_orders_per_customer=plan.max_open_orders_per_customer,
+            prompts=settings.orders.prompts[name],
+            provider=settings.orders.provider,
+        )
+        for name, plan in settings.plans.items()
+    ]
+
+
+def queue_names(settings: Settings) -> list[str]:
+    """Every queue these settings know, worked by this daemon or not."""
+    known = {BEAUTIFY_QUEUE, UPLOAD_QUEUE, generate_queue("local"), generate_queue(settings.orders.provider)}
+    return sorted(known | {name for name in settings.queues if name != "generate"})
+
+
+async def ensure_rows(store: PostgresJobStore, settings: Settings) -> None:
+    """Insert the plans and queues that are missing; an operator's rows stay as they are."""
+    await store.ensure_rows(queue_names(settings), plans(settings))
+
+
+async def prepare_database(settings: Settings, url: str) -> list[str]:
+    """
+    Migrate and insert missing rows: what ``jobdaemon migrate`` does, and every command on the embedded database.
+
+    Returns:
+        Ids of the migrations applied now.
+    """
+    import asyncio
+
+    from jobdaemon.schema import migrate
+
+    applied = await asyncio.to_thread(migrate, url)
+    store = PostgresJobStore(address(settings, url))
+    try:
+        await ensure_rows(store, settings)
+    finally:
+        await store.close()
+    return applied
+
+
+def open_store(settings: Settings) -> ArtifactStore:
+    """
+    The artifact store.
+
+    Raises:
+        SettingsError: its section is incomplete.
+    """
+    if settings.store.kind == "files":
+        from jobdaemon.storage.files import FilesStore
+
+        return FilesStore(settings.store.files.root, settings.store.files.public_url)
+    from jobdaemon.storage.r2 import R2Store
+
+    r2 = settings.store.r2
+    if r2.endpoint_url is None or r2.bucket is None or r2.access_key_id is None or r2.secret_access_key is None:
+        raise SettingsError("store.r2 needs endpoint_url, bucket, access_key_id and secret_access_key")
+    return R2Store(
+        r2.endpoint_url,
+        r2.bucket,
+        r2.access_key_id.get_secret_value(),
+        r2.secret_access_key.get_secret_value(),
+        prefix=r2.prefix,
+        public_url=r2.public_url,
+    )
+
+
+def open_backend(settings: Settings) -> BeautifyBackend:
+    """
+    The beautify backend.
+
+    Raises:
+        SettingsError: unknown, or it cannot work on this machine.
+    """
+    if settings.beautify.backend != "opencv":
+        raise SettingsError(f"beautify.backend: there is no backend {settings.beautify.backend!r}; there is opencv")
+    from jobdaemon.backends.opencv import OpenCVBackend
+    from jobdaemon.photo import PhotoLimits
+
+    limits = PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels)
+    return OpenCVBackend(threads=settings.beautify.threads, limits=limits)
+
+
+def open_providers(settings: Settings) -> dict[str, Provider]:
+    """
+    The providers this daemon can call, by name.
+
+    Raises:
+        SettingsError: the provider of orders that name none is not among them.
+    """
+    from jobdaemon.photo import PhotoLimits
+    from jobdaemon.providers.local import LocalProvider
+
+    limits = PhotoLimits(settings.photos.result_max_bytes, settings.photos.max_pixels)
+    providers: dict[str, Provider] = {"local": LocalProvider(threads=settings.generate.local.threads, limits=limits)}
+    if settings.orders.provider not in providers:
+        raise SettingsError(f"orders.provider: there is no provider {settings.orders.provider!r}; there is {', '.join(providers)}")
+    return providers
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A wired daemon and the parts a caller may want of it."""
+
+    supervisor: Supervisor
+    store: PostgresJobStore
+    artifacts: ArtifactStore
+
+
+def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[str, QueueRules]:
+    served = [BEAUTIFY_QUEUE, *(generate_queue(name) for name in providers), UPLOAD_QUEUE]
+    rules: dict[str, QueueRules] = {}
+    for name in served:
+        queue = settings.queue(name)
+        policy = RetryPolicy(queue.attempts, queue.backoff, queue.backoff_cap, queue.jitter)
+        if queue.team_size > 0:
+            rules[name] = QueueRules(queue.team_size, AttemptRules(queue.run_timeout, policy))
+    return rules
+
+
+def team_sizes(settings: Settings) -> dict[str, int]:
+    """Queue name -> team size, for every queue these settings know."""
+    return {name: settings.queue(name).team_size for name in queue_names(settings)}
+
+
+@asynccontextmanager
+async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIterator[Daemon]:
+    """
+    Build a daemon on the database at *url*; run it with ``daemon.supervisor.run()``.
+
+    Raises:
+        SettingsError: a configured part cannot work on this machine.
+    """
+    async with AsyncExitStack() as stack:
+        store = PostgresJobStore(address(settings, url))
+        stack.push_async_callback(store.close)
+        artifacts = open_store(settings)
+        stack.push_async_callback(artifacts.close)
+        backend = open_backend(settings)
+        stack.push_async_callback(backend.close)
+        providers = open_providers(settings)
+        for provider in providers.values():
+            stack.push_async_callback(provider.close)
+        client = open_http_client(settings)
+        stack.push_async_callback(client.close)
+        engine = settings.engine
+        supervisor = Supervisor(
+            store=store,
+            stages=build_stages(settings, store, artifacts, backend, providers, client),
+            queues=_queue_rules(settings, providers),
+            engine=EngineRules(engine.heartbeat, engine.lease, engine.poll, engine.stop_grace),
+            events=events,
+            version=program_version(),
+            require_schema=lambda applied: schema_version.compare(applied).require_usable(),
+            ensure_rows=lambda: ensure_rows(store, settings),
+            discard=lambda keys: _discard(artifacts, keys, events),
+        )
+        yield Daemon(supervisor, store, artifacts)
+
+
+def open_http_client(settings: Settings) -> GuardedClient:
+    """The client that fetches sources and results."""
+    from jobdaemon.http import GuardedClient
+
+    return GuardedClient(allowed_hosts=settings.photos.allowed_hosts)
+
+
+def build_stages(
+    settings: Settings,
+    orders: PostgresJobStore,
+    artifacts: ArtifactStore,
+    backend: BeautifyBackend,
+    providers: Mapping[str, Provider],
+    client: GuardedClient,
+) -> dict[str, Stage]:
+    """Task name -> stage."""
+    from jobdaemon.photo import PhotoLimits, inspect_image
+    from jobdaemon.stages.beautify import BeautifyStage
+    from jobdaemon.stages.generate import GenerateStage
+    from jobdaemon.stages.upload import RemoveStage, UploadStage
+
+    photos = settings.photos
+    result_limits = PhotoLimits(photos.result_max_bytes, photos.max_pixels)
+
+    async def fetch(url: str, max_bytes: int) -> bytes:
+        return (await client.download(url, max_bytes=max_bytes, timeout=photos.source_timeout)).content
+
+    return {
+        Task.BEAUTIFY: BeautifyStage(
+            orders=orders,
+            store=artifacts,
+            backend=backend,
+            fetch=lambda url: fetch(url, photos.max_bytes),
+            strength=settings.beautify.strength,
+            max_photo_bytes=photos.max_bytes,
+            images_per_call=lambda name: min(
+                settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1
+            ),
+        ),
+        Task.GENERATE: GenerateStage(orders=orders, store=artifacts, providers=providers, max_photo_bytes=photos.result_max_bytes),
+        Task.UPLOAD: UploadStage(
+            orders=orders,
+            store=artifacts,
+            fetch=lambda url: fetch(url, photos.result_max_bytes),
+            inspect=lambda content: inspect_image(content, limits=result_limits),
+            max_image_bytes=photos.result_max_bytes,
+        ),
+        Task.REMOVE: RemoveStage(orders=orders, store=artifacts),
+    }
+
+
+async def _discard(artifacts: ArtifactStore, keys: tuple[str, ...], events: Events) -> None:
+    for key in keys:
+        try:
+            await artifacts.delete(key)
+        except JobdaemonError as error:
+            events.emit(UpkeepFailed(error=f"{key} was not deleted: {error}", chore="discard"))

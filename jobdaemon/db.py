@@ -1,0 +1,155 @@
+"""
+asyncpg connections that come back.
+
+A :class:`Session` is one connection with one user at a time. Whatever says that the connection is gone becomes
+DatabaseUnavailableError, and the next use connects again: the daemon outlives its database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import asyncpg
+
+from jobdaemon.errors import DatabaseUnavailableError
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+#: Errors after which a connection cannot be trusted. A timeout belongs here: on a half-open socket it is all one sees.
+_LOST: tuple[type[BaseException], ...] = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.exceptions.OperatorInterventionError,
+    asyncpg.exceptions.TooManyConnectionsError,
+    asyncpg.exceptions.InvalidAuthorizationSpecificationError,
+    asyncpg.exceptions.InvalidCatalogNameError,
+    # the old primary after a failover
+    asyncpg.exceptions.ReadOnlySQLTransactionError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseAddress:
+    """
+    Attributes:
+        url: as libpq takes it; holds the password, so it is not shown.
+        connect_timeout: for the handshake.
+        command_timeout: for any statement of ours: none takes long, so a silence means a dead connection.
+        use_statement_cache: off behind PgBouncer in transaction mode.
+    """
+
+    url: str
+    connect_timeout: timedelta = timedelta(seconds=5)
+    command_timeout: timedelta = timedelta(seconds=30)
+    use_statement_cache: bool = True
+
+    def __repr__(self) -> str:
+        return "DatabaseAddress(…)"
+
+
+async def connect(address: DatabaseAddress, *, application_name: str = "jobdaemon") -> Connection:
+    """
+    Raises:
+        DatabaseUnavailableError: one sentence, without the password.
+    """
+    try:
+        return await asyncpg.connect(
+            address.url,
+            timeout=address.connect_timeout.total_seconds(),
+            command_timeout=address.command_timeout.total_seconds(),
+            statement_cache_size=100 if address.use_statement_cache else 0,
+            server_settings={"application_name": application_name},
+        )
+    except (*_LOST, asyncpg.PostgresError, ValueError) as error:
+        raise DatabaseUnavailableError(unavailable(error)) from error
+
+
+def unavailable(error: BaseException) -> str:
+    """One sentence about a lost connection."""
+    text = str(error).strip().splitlines()
+    return f"The database cannot be reached: {text[0] if text else type(error).__name__}"
+
+
+class Session:
+    """One connection, made when first used and again after it was lost; one user at a time."""
+
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        *,
+        name: str,
+        on_connect: Callable[[Connection], Awaitable[None]] | None = None,
+    ) -> None:
+        """
+        Args:
+            name: shown in ``pg_stat_activity``.
+            on_connect: run on each new connection before anybody else uses it.
+        """
+        self._address = address
+        self._name = name
+        self._on_connect = on_connect
+        self._connection: Connection | None = None
+        self._busy = asyncio.Lock()
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[Connection]:
+        """
+        The connection, alone.
+
+        Raises:
+            DatabaseUnavailableError: it could not be made, or was lost meanwhile; whether the last statement took effect is unknown.
+        """
+        async with self._busy:
+            connection = await self._connected()
+            try:
+                yield connection
+            except _LOST as error:
+                self._drop()
+                raise DatabaseUnavailableError(unavailable(error)) from error
+            except asyncio.CancelledError:
+                # A statement may be under way: its protocol state is not worth guessing.
+                self._drop()
+                raise
+
+    async def _connected(self) -> Connection:
+        if self._connection is not None and not self._connection.is_closed():
+            return self._connection
+        self._drop()
+        connection = await connect(self._address, application_name=f"jobdaemon {self._name}")
+        try:
+            if self._on_connect is not None:
+                await self._on_connect(connection)
+        except _LOST as error:
+            connection.terminate()
+            raise DatabaseUnavailableError(unavailable(error)) from error
+        except BaseException:
+            connection.terminate()
+            raise
+        self._connection = connection
+        return connection
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
+    async def close(self) -> None:
+        """Say goodbye to the server when it still listens."""
+        connection, self._connection = self._connection, None
+        if connection is not None and not connection.is_closed():
+            try:
+                await connection.close(timeout=2)
+            except (*_LOST, asyncpg.PostgresError):
+                connection.terminate()
+
+
+def rows(records: list[asyncpg.Record]) -> list[dict[str, Any]]:
+    """Records as plain dicts."""
+    return [dict(record) for record in records]

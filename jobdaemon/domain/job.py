@@ -1,0 +1,92 @@
+"""Jobs: rows of procrastinate's table, as the engine sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+BEAUTIFY_QUEUE = "beautify"
+UPLOAD_QUEUE = "upload"
+
+
+class JobStatus(StrEnum):
+    """procrastinate's own words."""
+
+    TODO = "todo"
+    DOING = "doing"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    ABORTED = "aborted"
+
+
+class Task(StrEnum):
+    """What a job of ours runs; kept in ``task_name``."""
+
+    BEAUTIFY = "jobdaemon.beautify"
+    GENERATE = "jobdaemon.generate"
+    UPLOAD = "jobdaemon.upload"
+    REMOVE = "jobdaemon.remove"
+
+
+def generate_queue(provider: str) -> str:
+    """The queue of one provider's calls."""
+    return f"generate.{provider}"
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """
+    A job to insert.
+
+    Attributes:
+        priority: higher goes first.
+        args: JSON object.
+        delay: not before this long from now, by the database's clock.
+    """
+
+    queue: str
+    task: str
+    priority: int
+    args: Mapping[str, Any]
+    delay: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """
+    A claimed job.
+
+    Attributes:
+        attempts: finished attempts; 0 during the first.
+        deaths: workers that died while it ran.
+        token: fences whatever this attempt wants to write; the same for all jobs of one claim call.
+    """
+
+    id: int
+    queue: str
+    task: str
+    priority: int
+    args: Mapping[str, Any] = field(default_factory=dict)
+    attempts: int = 0
+    deaths: int = 0
+    token: int | None = None
+
+    @property
+    def attempt(self) -> int:
+        """The running attempt, counted from 1."""
+        return self.attempts + 1
+
+    @property
+    def order_id(self) -> int | None:
+        """The order this job works for, when it works for one."""
+        value = self.args.get("order_id")
+        return value if isinstance(value, int) else None
+
+    @property
+    def outlives_its_order(self) -> bool:
+        """Whether this job works on an order that has ended; every other job of an ended order is dropped."""
+        return self.task == Task.REMOVE

@@ -1,0 +1,75 @@
+"""How an attempt ends, and the one transaction that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+
+from jobdaemon.domain.job import Job
+from jobdaemon.domain.write import Write
+
+
+class End(StrEnum):
+    """What becomes of the job."""
+
+    #: a commit in the middle of an attempt; the job goes on running
+    CHECKPOINT = "checkpoint"
+    SUCCEEDED = "succeeded"
+    #: later, one attempt spent
+    RETRY = "retry"
+    #: later, no attempt spent: a capacity signal
+    SNOOZE = "snooze"
+    #: at once, no attempt spent: this worker stops
+    HANDED_BACK = "handed_back"
+    #: at once or after a rest, no attempt spent, one death counted: its worker died
+    INTERRUPTED = "interrupted"
+    #: a dead letter
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """
+    What one attempt (or checkpoint) commits, fenced by the job's token.
+
+    Attributes:
+        delay: for a retry or snooze, from the commit, by the database's clock; None is at once.
+        writes: what changes besides the job itself.
+        error_kind: class of the error that ended the attempt, for ``attempts``.
+        error: its sentence.
+        seconds: how long the attempt ran.
+    """
+
+    job: Job
+    end: End
+    delay: timedelta | None = None
+    writes: tuple[Write, ...] = ()
+    error_kind: str | None = None
+    error: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """
+    What a stage returns when it succeeded.
+
+    Attributes:
+        writes: what to commit with the job's end.
+        obsolete: artifact keys that nobody needs once that is committed.
+    """
+
+    writes: tuple[Write, ...] = ()
+    obsolete: tuple[str, ...] = ()
+
+
+class Verdict(StrEnum):
+    """What the fence said of a transition."""
+
+    #: committed now, or by an earlier try whose answer was lost
+    ACCEPTED = "accepted"
+    #: the token no longer holds: nothing was written
+    LEASE_LOST = "lease_lost"
+    #: the order had been cancelled: the job ended, its writes were dropped
+    ORDER_ENDED = "order_ended"

@@ -1,0 +1,85 @@
+"""What follows a failed attempt: pure, given the error, the attempt's number, the policy and a random number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+from jobdaemon.domain.job import Job
+from jobdaemon.domain.outcome import End, Transition
+from jobdaemon.domain.write import Write
+from jobdaemon.errors import JobdaemonError, PermanentError, RateLimitedError, RetryableError
+
+#: A worker that dies takes its jobs along, guilty or not: rests grow so that a poison job cannot keep a machine
+#: down, and only this many deaths make a dead letter.
+MAX_DEATHS = 10
+_DEATH_REST = timedelta(seconds=1)
+_DEATH_REST_CAP = timedelta(minutes=5)
+#: A capacity signal that names no time.
+_DEFAULT_SNOOZE = timedelta(seconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """
+    Attributes:
+        attempts: how many attempts a job gets.
+        backoff: after the first failed attempt; doubles with each.
+        cap: no backoff is longer, before jitter.
+        jitter: the share by which a backoff may be shorter or longer, 0.0 to 1.0.
+    """
+
+    attempts: int
+    backoff: timedelta
+    cap: timedelta
+    jitter: float
+
+
+def backoff_after(attempt: int, policy: RetryPolicy, jitter: float) -> timedelta:
+    """
+    How long to wait after failed attempt number *attempt*.
+
+    Args:
+        attempt: counted from 1.
+        jitter: a random number from 0.0 to 1.0; 0.5 is the middle.
+    """
+    doubled = policy.backoff * 2.0 ** min(attempt - 1, 32)
+    return min(doubled, policy.cap) * (1 + policy.jitter * (2 * jitter - 1))
+
+
+def after_error(
+    job: Job, error: BaseException, policy: RetryPolicy, *, jitter: float, dead: Callable[[str], tuple[Write, ...]]
+) -> Transition:
+    """
+    The transition that follows *error*.
+
+    Args:
+        jitter: a random number from 0.0 to 1.0.
+        dead: what to write when the job is given up on, from the reason.
+    """
+    kind = type(error).__name__
+    reason = str(error) if isinstance(error, JobdaemonError) else f"{kind}: {error}"
+    if isinstance(error, RateLimitedError):
+        return Transition(job, End.SNOOZE, delay=error.retry_after or _DEFAULT_SNOOZE, error_kind=kind, error=reason)
+    if isinstance(error, PermanentError) or job.attempt >= policy.attempts:
+        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason)
+    delay = backoff_after(job.attempt, policy, jitter)
+    if isinstance(error, RetryableError) and error.retry_after is not None:
+        delay = max(delay, error.retry_after)
+    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason)
+
+
+def after_death(job: Job, *, dead: Callable[[str], tuple[Write, ...]]) -> Transition:
+    """
+    The transition of a job whose worker died while it ran: costs no attempt, since most jobs that die are innocent.
+
+    Args:
+        dead: what to write when the job is given up on, from the reason.
+    """
+    deaths = job.deaths + 1
+    if deaths >= MAX_DEATHS:
+        reason = f"{deaths} workers died while this job ran"
+        return Transition(job, End.FAILED, writes=dead(reason), error_kind="WorkerDied", error=reason)
+    rest = None if deaths == 1 else min(_DEATH_REST * 2.0 ** (deaths - 2), _DEATH_REST_CAP)
+    return Transition(job, End.INTERRUPTED, delay=rest, error_kind="WorkerDied", error="the worker died while this job ran")

@@ -1,0 +1,118 @@
+"""
+Every error this package raises on purpose.
+
+    JobdaemonError
+      SettingsError               wrong or contradictory settings; exit code 2, never a retry
+      DatabaseUnavailableError    Postgres cannot be reached or refuses the login; exit code 3
+      SchemaVersionError          the schema is too old or too new for this program; exit code 3
+      LeaseLostError              another worker owns the job; drop the result
+      RefusedError                the door said no: full, unknown plan, bad source; exit code 4
+      RetryableError              may work later; carries retry_after when the other side gave one
+        ProviderUnavailableError
+        RateLimitedError          a capacity signal: costs no attempt
+        DeviceMemoryError
+        StoreUnavailableError
+      PermanentError              straight to dead letter, whatever attempts remain
+        InvalidOrderError
+        UnsupportedImageError
+        ProviderRefusedError
+        UnsupportedFeatureError
+        ArtifactMissingError
+        StoreRefusedError         wrong key, bucket or rights: an operator has to act
+
+Messages are whole sentences for people and never contain a key or a signed URL.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+
+class JobdaemonError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class SettingsError(JobdaemonError):
+    """A setting is wrong, unknown or contradicts another one."""
+
+
+class DatabaseUnavailableError(JobdaemonError):
+    """Postgres cannot be reached, or refuses the login."""
+
+
+class SchemaVersionError(JobdaemonError):
+    """The database's schema does not fit this program; the message says what to run."""
+
+
+class LeaseLostError(JobdaemonError):
+    """The attempt's token no longer holds: its result must be dropped."""
+
+
+class RefusedError(JobdaemonError):
+    """
+    The database refused a request at the door.
+
+    Attributes:
+        sqlstate: ``JD001`` … ``JD006``, as in docs/sql.md.
+    """
+
+    def __init__(self, message: str, *, sqlstate: str) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
+class RetryableError(JobdaemonError):
+    """
+    The attempt may work later.
+
+    Attributes:
+        retry_after: how long the other side asked us to wait, when it did.
+    """
+
+    def __init__(self, message: str, *, retry_after: timedelta | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ProviderUnavailableError(RetryableError):
+    """A provider did not answer, or answered with a server error."""
+
+
+class RateLimitedError(RetryableError):
+    """A provider said it is at capacity. Retried without spending an attempt."""
+
+
+class DeviceMemoryError(RetryableError):
+    """The compute device could not hold the work."""
+
+
+class StoreUnavailableError(RetryableError):
+    """The artifact store did not answer, is full, or answered with a server error."""
+
+
+class PermanentError(JobdaemonError):
+    """Trying again cannot help."""
+
+
+class InvalidOrderError(PermanentError):
+    """The order itself cannot be carried out."""
+
+
+class UnsupportedImageError(PermanentError):
+    """The bytes are no image we accept; the message says why."""
+
+
+class ProviderRefusedError(PermanentError):
+    """A provider will not make this image (content policy, bad parameters)."""
+
+
+class UnsupportedFeatureError(PermanentError):
+    """The chosen provider, backend or store cannot express what was asked."""
+
+
+class ArtifactMissingError(PermanentError):
+    """The store has no object under the key."""
+
+
+class StoreRefusedError(PermanentError):
+    """The store refused us (credentials, bucket, rights); trying again cannot help."""

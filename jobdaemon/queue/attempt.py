@@ -1,0 +1,126 @@
+"""
+One attempt as a pipeline: find the stage, run it under its timeout, turn what happened into a transition, commit it, tidy up.
+
+Whatever a stage raises ends its own attempt and nothing else. Nothing here writes but the committer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+from jobdaemon.domain.expand import writes_when_dead
+from jobdaemon.domain.job import Job
+from jobdaemon.domain.outcome import Done, End, Transition, Verdict
+from jobdaemon.domain.retry import RetryPolicy, after_error
+from jobdaemon.domain.write import Write
+from jobdaemon.errors import LeaseLostError, PermanentError, RetryableError
+from jobdaemon.events import CheckpointCommitted, Events, JobFinished, JobStarted, LeaseLost
+from jobdaemon.ports import Stage
+from jobdaemon.queue.committer import Committer
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRules:
+    """How attempts of one queue run and what follows when they fail."""
+
+    run_timeout: timedelta
+    retry: RetryPolicy
+
+
+class RunningAttempt:
+    """What a stage sees of its attempt (ports.Attempt)."""
+
+    def __init__(self, job: Job, committer: Committer, events: Events) -> None:
+        self._job = job
+        self._committer = committer
+        self._events = events
+
+    @property
+    def job(self) -> Job:
+        """The claimed job."""
+        return self._job
+
+    async def checkpoint(self, *writes: Write) -> None:
+        """Commit *writes* now; LeaseLostError when the job or its order is not ours to work on any more."""
+        verdict = await self._committer.commit(Transition(self._job, End.CHECKPOINT, writes=writes))
+        if verdict is not Verdict.ACCEPTED:
+            raise LeaseLostError(f"job {self._job.id}: {verdict.value}")
+        self._events.emit(CheckpointCommitted(job_id=self._job.id))
+
+
+class AttemptRunner:
+    """Runs attempts; shared by all teams of a daemon."""
+
+    def __init__(
+        self,
+        stages: Mapping[str, Stage],
+        committer: Committer,
+        events: Events,
+        *,
+        discard: Callable[[tuple[str, ...]], Awaitable[None]],
+    ) -> None:
+        """
+        Args:
+            stages: task name -> stage; a job of an unknown task is a dead letter, not a crash.
+            discard: deletes artifacts that nobody needs any more; must not raise.
+        """
+        self._stages = stages
+        self._committer = committer
+        self._events = events
+        self._discard = discard
+
+    async def run(self, job: Job, rules: AttemptRules) -> None:
+        """
+        Run one attempt to its committed end.
+
+        A cancellation while the stage runs hands the job back unspent; one while the end is being committed is obeyed after it.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        self._events.emit(JobStarted(job_id=job.id, queue=job.queue, task=job.task, attempt=job.attempt, order_id=job.order_id))
+        done = Done()
+        try:
+            done = await self._run_stage(job, rules)
+            transition = Transition(job, End.SUCCEEDED, writes=done.writes)
+        except asyncio.CancelledError:
+            transition = Transition(job, End.HANDED_BACK, error="the daemon stopped")
+        except LeaseLostError as error:
+            # The end is committed all the same: the fence drops what is lost, and ends the job of a cancelled order.
+            transition = Transition(job, End.HANDED_BACK, error=str(error))
+        except Exception as error:
+            transition = after_error(
+                job, error, rules.retry, jitter=random.random(), dead=lambda reason: writes_when_dead(job, reason)
+            )
+        seconds = loop.time() - started
+        verdict = await self._committer.commit(replace(transition, seconds=seconds))
+        self._report(transition, verdict, seconds)
+        if verdict is Verdict.ACCEPTED and done.obsolete:
+            await self._discard(done.obsolete)
+
+    async def _run_stage(self, job: Job, rules: AttemptRules) -> Done:
+        stage = self._stages.get(job.task)
+        if stage is None:
+            raise PermanentError(f"no stage knows the task {job.task}")
+        try:
+            async with asyncio.timeout(rules.run_timeout.total_seconds()) as limit:
+                return await stage.run(RunningAttempt(job, self._committer, self._events))
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise RetryableError(f"the attempt did not finish within {rules.run_timeout.total_seconds():g} s") from error
+
+    def _report(self, transition: Transition, verdict: Verdict, seconds: float) -> None:
+        job = transition.job
+        if verdict is Verdict.LEASE_LOST:
+            self._events.emit(LeaseLost(job_id=job.id))
+            return
+        outcome = "cancelled" if verdict is Verdict.ORDER_ENDED else transition.end.value
+        self._events.emit(
+            JobFinished(
+                job_id=job.id, queue=job.queue, outcome=outcome, seconds=seconds, error=transition.error, order_id=job.order_id
+            )
+        )

@@ -1,0 +1,130 @@
+"""
+The committer: gathers what attempts want committed and commits it in groups, one group at a time.
+
+While one group is being committed the next one gathers, so a busy daemon pays one commit for many jobs and an idle one commits
+at once. A commit that cannot reach the database is kept and sent again, which the fence makes safe; how many wait is bounded by
+the number of running attempts, since each waits for its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from jobdaemon.domain.expand import writes_when_dead
+from jobdaemon.domain.outcome import End, Transition, Verdict
+from jobdaemon.errors import DatabaseUnavailableError
+from jobdaemon.events import CommitFailed, DatabaseBack, DatabaseLost, Events, OrderSettled
+from jobdaemon.queue.store import OrderChange, PostgresJobStore
+
+MAX_GROUP = 200
+_FIRST_REST_S = 0.1
+_LONGEST_REST_S = 5.0
+
+
+class Committer:
+    """Commits transitions; see the module docstring."""
+
+    def __init__(self, store: PostgresJobStore, events: Events) -> None:
+        self._store = store
+        self._events = events
+        self._waiting: list[tuple[Transition, asyncio.Future[Verdict]]] = []
+        self._work = asyncio.Event()
+        self._untold: set[int] = set()
+        self._telling: asyncio.Task[None] | None = None
+        #: The daemon whose attempts these are; the supervisor keeps it current.
+        self.daemon_id: int | None = None
+
+    async def commit(self, transition: Transition) -> Verdict:
+        """Wait until *transition* is committed or refused by the fence; cancelling the wait does not call it back."""
+        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._waiting.append((transition, future))
+        self._work.set()
+        return await asyncio.shield(future)
+
+    async def run(self) -> None:
+        """Commit until cancelled."""
+        try:
+            while True:
+                await self._work.wait()
+                self._work.clear()
+                while self._waiting:
+                    group, self._waiting = self._waiting[:MAX_GROUP], self._waiting[MAX_GROUP:]
+                    await self._commit_group(group)
+        finally:
+            if self._telling is not None:
+                self._telling.cancel()
+
+    async def _commit_group(self, group: list[tuple[Transition, asyncio.Future[Verdict]]]) -> None:
+        try:
+            verdicts = await self._commit_surely([transition for transition, _ in group])
+        except Exception as error:
+            if len(group) == 1:
+                await self._give_up_on(*group[0], error)
+                return
+            # One bad member rolls its whole group back: find it by committing singly.
+            for member in group:
+                await self._commit_group([member])
+            return
+        for (_, future), verdict in zip(group, verdicts, strict=True):
+            if not future.done():
+                future.set_result(verdict)
+
+    async def _commit_surely(self, transitions: list[Transition]) -> list[Verdict]:
+        loop = asyncio.get_running_loop()
+        lost_at: float | None = None
+        rest_s = _FIRST_REST_S
+        while True:
+            try:
+                committed = await self._store.commit(transitions, daemon_id=self.daemon_id)
+            except DatabaseUnavailableError as error:
+                if lost_at is None:
+                    lost_at = loop.time()
+                    self._events.emit(DatabaseLost(error=str(error)))
+                await asyncio.sleep(rest_s)
+                rest_s = min(rest_s * 2, _LONGEST_REST_S)
+                continue
+            if lost_at is not None:
+                self._events.emit(DatabaseBack(seconds=loop.time() - lost_at))
+            self._announce(committed.changes)
+            return committed.verdicts
+
+    async def _give_up_on(self, transition: Transition, future: asyncio.Future[Verdict], error: Exception) -> None:
+        """The database refuses what this attempt wants to write: that is the attempt's own failure."""
+        job = transition.job
+        reason = f"the result could not be recorded: {error}"
+        self._events.emit(CommitFailed(job_id=job.id, error=reason))
+        if transition.end is End.CHECKPOINT:
+            if not future.done():
+                future.set_exception(error)
+            return
+        verdict = Verdict.LEASE_LOST
+        for writes in (writes_when_dead(job, reason), ()):
+            failed = Transition(job, End.FAILED, writes=writes, error_kind=type(error).__name__, error=reason, seconds=transition.seconds)
+            try:
+                [verdict] = await self._commit_surely([failed])
+                break
+            except Exception as again:
+                self._events.emit(CommitFailed(job_id=job.id, error=str(again)))
+        if not future.done():
+            future.set_result(verdict)
+
+    def _announce(self, changes: list[OrderChange]) -> None:
+        for change in changes:
+            self._untold.discard(change.order_id)
+            if change.has_ended:
+                self._events.emit(OrderSettled(order_id=change.order_id, status=change.status))
+            elif not change.told:
+                self._untold.add(change.order_id)
+        if self._untold and (self._telling is None or self._telling.done()):
+            self._telling = asyncio.get_running_loop().create_task(self._tell())
+
+    async def _tell(self) -> None:
+        """Tell listeners about changes that came too soon after the last: each order at most ten times a second."""
+        while self._untold:
+            await asyncio.sleep(0.1)
+            order_ids = set(self._untold)
+            try:
+                await self._store.tell_orders(order_ids)
+            except DatabaseUnavailableError:
+                continue
+            self._untold -= order_ids

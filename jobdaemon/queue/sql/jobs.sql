@@ -1,0 +1,100 @@
+-- Jobs and daemons. Every name is qualified: the daemon needs no search_path. Time is the database's.
+
+-- name: register_daemon
+-- A new worker row of procrastinate's, and what we know about the daemon behind it.
+WITH worker AS (
+    INSERT INTO jobdaemon.procrastinate_workers DEFAULT VALUES RETURNING id
+)
+INSERT INTO jobdaemon.daemons (id, host, pid, version, queues)
+SELECT id, $1, $2, $3, $4::jsonb FROM worker
+RETURNING id;
+
+-- name: heartbeat
+-- Says that the daemon lives; no row means that somebody removed it and it has to register again.
+UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = clock_timestamp() WHERE id = $1 RETURNING id;
+
+-- name: set_daemon_status
+-- running, stopping or stopped; a stopped daemon's heartbeat ends now, so that what it left can be rescued at once.
+WITH worker AS (
+    UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = '-infinity' WHERE id = $1 AND $2 = 'stopped'
+)
+UPDATE jobdaemon.daemons SET status = $2, stopped_at = CASE WHEN $2 = 'stopped' THEN clock_timestamp() END WHERE id = $1;
+
+-- name: ensure_queues
+-- Rows for the queues we serve; an operator's rows stay as they are.
+INSERT INTO jobdaemon.queues (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING;
+
+-- name: ensure_plans
+-- Plans of the settings that have no row yet; an operator's rows stay as they are.
+INSERT INTO jobdaemon.plans (name, images, priority, lift_after, expires_after, max_open_orders,
+    max_open_orders_per_customer, prompts, provider)
+SELECT p.name, p.images, p.priority, p.lift_after_s * interval '1 second', p.expires_after_s * interval '1 second',
+    p.max_open_orders, p.max_open_orders_per_customer, p.prompts, p.provider
+FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority integer, lift_after_s float8,
+    expires_after_s float8, max_open_orders integer, max_open_orders_per_customer integer, prompts text[], provider text)
+ON CONFLICT (name) DO NOTHING;
+
+-- name: claim
+-- Up to $3 ready jobs of one queue, under one token.
+SELECT id, task_name, priority, args, attempts, deaths, token FROM jobdaemon.claim_jobs($1, $2, $3);
+
+-- name: queue_rows
+-- What operators set for these queues, and whether a job is ready in them: the net below the notifications.
+SELECT q.name, q.paused, q.team_size, EXISTS (SELECT FROM jobdaemon.procrastinate_jobs j
+    WHERE j.queue_name = q.name AND j.status = 'todo' AND j.scheduled_at IS NULL) AS has_ready
+FROM jobdaemon.queues q WHERE q.name = ANY ($1::text[]);
+
+-- name: promote
+-- Lets due jobs in; says how many and in how many seconds the next one falls due.
+SELECT promoted, extract(epoch FROM next_due - clock_timestamp())::float8 AS next_due_s FROM jobdaemon.promote_jobs($1);
+
+-- name: lapsed_jobs
+-- Running jobs of our queues whose worker is gone or silent for longer than the lease ($1, seconds). No lock: the fence decides.
+SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.worker_id
+FROM jobdaemon.procrastinate_jobs j
+LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
+WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
+    AND (w.id IS NULL OR w.last_heartbeat < clock_timestamp() - $1 * interval '1 second')
+ORDER BY j.id LIMIT $2;
+
+-- name: lock_orders
+-- Orders first, by id; then jobs; then images: every transaction that touches several keeps this order.
+SELECT id, finished_at IS NOT NULL AS ended FROM jobdaemon.orders WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
+
+-- name: lock_jobs
+-- The jobs of a group of transitions, by id, with what the fence needs.
+SELECT id, status::text, token, abort_requested FROM jobdaemon.procrastinate_jobs
+WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
+
+-- name: end_jobs
+-- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten.
+UPDATE jobdaemon.procrastinate_jobs j
+SET status = e.status::jobdaemon.procrastinate_job_status,
+    attempts = j.attempts + e.spent,
+    deaths = CASE WHEN e.died > 0 THEN coalesce(j.deaths, 0) + e.died ELSE j.deaths END,
+    scheduled_at = CASE WHEN e.status = 'todo' THEN now() + e.delay_s * interval '1 second' END,
+    worker_id = CASE WHEN e.status = 'todo' THEN NULL ELSE j.worker_id END,
+    token = CASE WHEN e.died > 0 THEN NULL ELSE j.token END,
+    abort_requested = false
+FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::float8[], $5::smallint[]) AS e (id, status, spent, delay_s, died)
+WHERE j.id = e.id;
+
+-- name: defer_jobs
+-- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}.
+SELECT jobdaemon.procrastinate_defer_jobs_v1(array_agg(ROW(n.queue, n.task, n.priority, NULL, NULL, n.args,
+    now() + n.delay_s * interval '1 second')::jobdaemon.procrastinate_job_to_defer_v1 ORDER BY n.place))
+FROM ROWS FROM (jsonb_to_recordset($1::jsonb) AS (queue text, task text, priority integer, args jsonb, delay_s float8))
+    WITH ORDINALITY AS n (queue, task, priority, args, delay_s, place);
+
+-- name: record_attempts
+-- Why attempts did not succeed: {job_id, order_id, queue, attempt, token, daemon_id, seconds, outcome, error_kind, error}.
+INSERT INTO jobdaemon.attempts
+    (job_id, order_id, queue, attempt, token, daemon_id, started_at, ended_at, outcome, error_kind, error)
+SELECT a.job_id, a.order_id, a.queue, a.attempt, a.token, a.daemon_id,
+    clock_timestamp() - a.seconds * interval '1 second', clock_timestamp(), a.outcome, a.error_kind, a.error
+FROM jsonb_to_recordset($1::jsonb) AS a (job_id bigint, order_id bigint, queue text, attempt integer, token bigint,
+    daemon_id bigint, seconds float8, outcome text, error_kind text, error text);
+
+-- name: database_time
+-- For checks.
+SELECT clock_timestamp() AS now;

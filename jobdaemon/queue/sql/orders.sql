@@ -1,0 +1,136 @@
+-- What transitions write besides the job. Each statement takes one JSON array of rows, applies those whose row is still in the
+-- state they start from, and returns the keys of what it changed, so that following jobs are inserted exactly once.
+
+-- name: order_started
+-- {order_id}
+UPDATE jobdaemon.orders o SET started_at = now()
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
+WHERE o.id = w.order_id AND o.started_at IS NULL
+RETURNING o.id AS order_id;
+
+-- name: photo_beautified
+-- {order_id, beautified}
+UPDATE jobdaemon.orders o SET beautified = w.beautified
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, beautified jsonb)
+WHERE o.id = w.order_id AND o.beautified IS NULL
+RETURNING o.id AS order_id;
+
+-- name: call_submitted
+-- {order_id, job_id, batch, provider, task_id}: one row per call, found again by its job and task id.
+INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, external_task_id)
+SELECT w.order_id, w.job_id, w.batch, w.provider, w.task_id
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, batch integer, provider text, task_id text)
+WHERE NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = w.job_id AND c.external_task_id = w.task_id)
+RETURNING order_id;
+
+-- name: image_generated
+-- {order_id, index, provider, locator, expires_at}
+UPDATE jobdaemon.images i
+SET status = 'generated', provider = w.provider, locator = w.locator, locator_expires_at = w.expires_at,
+    generated_at = now(), error = NULL
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, index integer, provider text, locator text, expires_at timestamptz)
+WHERE i.order_id = w.order_id AND i.index = w.index AND i.status = 'pending'
+RETURNING i.order_id, i.index;
+
+-- name: image_stored
+-- {order_id, index, object_key, url, sha256, bytes, width, height, media_type}
+UPDATE jobdaemon.images i
+SET status = 'stored', object_key = w.object_key, url = w.url, sha256 = w.sha256, bytes = w.bytes, width = w.width,
+    height = w.height, media_type = w.media_type, stored_at = now(), locator = NULL, locator_expires_at = NULL, error = NULL
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, index integer, object_key text, url text, sha256 text,
+    bytes bigint, width integer, height integer, media_type text)
+WHERE i.order_id = w.order_id AND i.index = w.index AND i.status = 'generated'
+RETURNING i.order_id, i.index;
+
+-- name: image_failed
+-- {order_id, index, error, was}
+UPDATE jobdaemon.images i SET status = 'failed', error = w.error
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, index integer, error text, was text)
+WHERE i.order_id = w.order_id AND i.index = w.index AND i.status = w.was
+RETURNING i.order_id, i.index;
+
+-- name: order_failed
+-- {order_id, error}: every image not stored yet fails with it.
+WITH failed AS (
+    SELECT w.order_id, w.error FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, error text)
+), lost AS (
+    UPDATE jobdaemon.images i SET status = 'failed', error = f.error
+    FROM failed f WHERE i.order_id = f.order_id AND i.status IN ('pending', 'generated')
+)
+UPDATE jobdaemon.orders o SET error = f.error FROM failed f WHERE o.id = f.order_id AND o.finished_at IS NULL
+RETURNING o.id AS order_id;
+
+-- name: images_removed
+-- {order_id}: stored images of an ended order are gone.
+UPDATE jobdaemon.images i SET status = 'cancelled', object_key = NULL, url = NULL
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
+WHERE i.order_id = w.order_id AND i.status = 'stored'
+RETURNING i.order_id, i.index;
+
+-- name: settle_orders
+-- Counts the images of these (locked) orders, moves their status on, ends them when nothing is left, and tells listeners: at
+-- once when an order ends, else at most every 100 ms; told = false asks the daemon to tell later.
+WITH counted AS (
+    SELECT i.order_id,
+        count(*) FILTER (WHERE i.status = 'stored') AS stored,
+        count(*) FILTER (WHERE i.status = 'failed') AS failed,
+        count(*) FILTER (WHERE i.status = 'pending') AS pending,
+        (array_agg(i.error ORDER BY i.index) FILTER (WHERE i.status = 'failed'))[1] AS error
+    FROM jobdaemon.images i WHERE i.order_id = ANY ($1::bigint[]) GROUP BY i.order_id
+), settled AS (
+    UPDATE jobdaemon.orders o
+    SET images_stored = c.stored,
+        images_failed = c.failed,
+        status = CASE
+            WHEN c.stored + c.failed >= o.images_total THEN
+                CASE WHEN c.failed = 0 THEN 'completed' WHEN c.stored = 0 THEN 'failed' ELSE 'partial' END
+            WHEN o.started_at IS NULL THEN 'queued'
+            WHEN o.beautified IS NULL THEN 'beautifying'
+            WHEN c.pending > 0 THEN 'generating'
+            ELSE 'uploading' END,
+        error = coalesce(o.error, CASE WHEN c.stored + c.failed >= o.images_total THEN c.error END),
+        first_image_at = coalesce(o.first_image_at, CASE WHEN c.stored > 0 THEN now() END),
+        finished_at = CASE WHEN c.stored + c.failed >= o.images_total THEN now() END,
+        notified_at = CASE WHEN c.stored + c.failed >= o.images_total
+                OR coalesce(o.notified_at, '-infinity') <= now() - interval '100 milliseconds'
+            THEN now() ELSE o.notified_at END
+    FROM counted c
+    WHERE o.id = c.order_id AND o.finished_at IS NULL
+    RETURNING o.id, o.status, o.images_stored, o.images_failed, o.images_total, o.finished_at, o.notified_at
+)
+SELECT s.id, s.status, s.finished_at IS NOT NULL AS ended, s.notified_at = now() AS told,
+    CASE WHEN s.notified_at = now() THEN pg_notify('jobdaemon_orders', json_build_object('order_id', s.id,
+        'status', s.status, 'stored', s.images_stored, 'failed', s.images_failed, 'total', s.images_total)::text) END AS notified
+FROM settled s;
+
+-- name: clear_links
+-- Signed URLs leave the rows of orders that ended.
+UPDATE jobdaemon.images SET locator = NULL, locator_expires_at = NULL
+WHERE order_id = ANY ($1::bigint[]) AND locator LIKE 'http%';
+
+-- name: tell_orders
+-- The latest state of orders whose change came too soon after the last one to be told; returns those still too early.
+WITH told AS (
+    UPDATE jobdaemon.orders o SET notified_at = now()
+    WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL AND o.notified_at <= now() - interval '100 milliseconds'
+    RETURNING o.id, o.status, o.images_stored, o.images_failed, o.images_total
+)
+SELECT t.id, pg_notify('jobdaemon_orders', json_build_object('order_id', t.id, 'status', t.status,
+    'stored', t.images_stored, 'failed', t.images_failed, 'total', t.images_total)::text) AS notified
+FROM told t;
+
+-- name: load_order
+-- What a stage needs to know of an order.
+SELECT id, plan, provider, source, params, priority, status, beautified, finished_at IS NOT NULL AS ended
+FROM jobdaemon.orders WHERE id = $1;
+
+-- name: load_images
+-- The images of one order.
+SELECT index, prompt, status, provider, locator, locator_expires_at, object_key
+FROM jobdaemon.images WHERE order_id = $1 ORDER BY index;
+
+-- name: open_call
+-- The task id of the newest call of this job that was accepted and is not known to have ended.
+SELECT external_task_id FROM jobdaemon.provider_calls
+WHERE job_id = $1 AND external_task_id IS NOT NULL AND outcome IS NULL
+ORDER BY id DESC LIMIT 1;

@@ -1,0 +1,319 @@
+"""
+PostgresJobStore: the only module that runs queue SQL.
+
+A daemon has five connections, whatever its team sizes: one claims, one finishes (a second finisher would only wait for the
+first on the orders they share), one does upkeep, one reads for the stages, and one listens and beats the heart: each heartbeat
+proves that the listening connection is alive, and nothing slow can hold a heartbeat up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+
+from jobdaemon import db
+from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.job import Job
+from jobdaemon.domain.outcome import Transition, Verdict
+from jobdaemon.domain.plan import Plan
+from jobdaemon.errors import LeaseLostError
+from jobdaemon.ports import ImageRow, OrderRow
+from jobdaemon.queue import fence, sql, writes
+
+#: A job became ready in the queue that is the payload; one will be due later; an operator changed the queue.
+READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL = CHANNELS = ("jobdaemon_jobs", "jobdaemon_scheduled", "jobdaemon_control")
+
+_JOBS = sql.load("jobs.sql")
+_ORDERS = sql.load("orders.sql")
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRow:
+    """
+    A queue as it is now.
+
+    Attributes:
+        team_size: what operators set for every daemon; None leaves it to each daemon's settings.
+        has_ready: whether a job is ready in it.
+    """
+
+    name: str
+    is_paused: bool
+    team_size: int | None
+    has_ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OrderChange:
+    """An order that a commit moved on; *told* is False when listeners still have to hear of it."""
+
+    order_id: int
+    status: str
+    has_ended: bool
+    told: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What the database made of a group of transitions: one verdict each, in order, and the orders that moved."""
+
+    verdicts: list[Verdict]
+    changes: list[OrderChange]
+
+
+class PostgresJobStore:
+    """Claims, commits, beats and reads. Every method raises DatabaseUnavailableError when the connection is lost."""
+
+    def __init__(self, address: db.DatabaseAddress) -> None:
+        self._claims = db.Session(address, name="claim")
+        self._finishes = db.Session(address, name="finish")
+        self._upkeep = db.Session(address, name="upkeep")
+        self._reads = db.Session(address, name="read")
+        self._pulse = db.Session(address, name="pulse", on_connect=self._listen)
+        self._on_notify: Callable[[str, str], None] | None = None
+        self._on_silence: Callable[[], None] | None = None
+
+    async def close(self) -> None:
+        """Close all connections."""
+        self._on_silence = None
+        for session in (self._claims, self._finishes, self._upkeep, self._reads, self._pulse):
+            await session.close()
+
+    # Listening
+
+    def listen(self, on_notify: Callable[[str, str], None], on_silence: Callable[[], None]) -> None:
+        """
+        Hear of ready jobs and changed queues from the next heartbeat on.
+
+        Args:
+            on_notify: gets channel and payload; a new connection calls it with channel ``""``, since something may have
+                been missed.
+            on_silence: called when the listening connection is lost; a heartbeat brings it back.
+        """
+        self._on_notify = on_notify
+        self._on_silence = on_silence
+
+    async def _listen(self, connection: db.Connection) -> None:
+        if self._on_notify is None:
+            return
+        connection.add_termination_listener(self._fell_silent)
+        for channel in CHANNELS:
+            await connection.add_listener(channel, self._heard)
+        self._on_notify("", "")
+
+    def _heard(self, connection: object, pid: int, channel: str, payload: object) -> None:
+        if self._on_notify is not None:
+            self._on_notify(channel, str(payload))
+
+    def _fell_silent(self, connection: object) -> None:
+        if self._on_silence is not None:
+            self._on_silence()
+
+    # The daemon itself
+
+    async def applied_migrations(self) -> list[str]:
+        """Ids of the migrations this database records; empty when it was never migrated."""
+        async with self._upkeep.use() as connection:
+            if await connection.fetchval("SELECT to_regclass('jobdaemon._yoyo_migration')") is None:
+                return []
+            records = await connection.fetch("SELECT migration_id FROM jobdaemon._yoyo_migration")
+            return [record["migration_id"] for record in records]
+
+    async def register(self, *, host: str, pid: int, version: str, queues: dict[str, int]) -> int:
+        """Announce this daemon and the queues it serves; returns its id."""
+        async with self._upkeep.use() as connection:
+            daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], host, pid, version, json.dumps(queues))
+            return daemon_id
+
+    async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan]) -> None:
+        """Insert the queues and plans that are missing; an operator's rows stay as they are."""
+        async with self._upkeep.use() as connection, connection.transaction():
+            await connection.execute(_JOBS["ensure_queues"], sorted(queues))
+            await connection.execute(_JOBS["ensure_plans"], json.dumps([writes.plan_row(plan) for plan in plans]))
+
+    async def heartbeat(self, daemon_id: int, *, timeout: timedelta) -> bool:
+        """Renew the lease of all this daemon's jobs; False when its row is gone and it must register again."""
+        async with self._pulse.use() as connection:
+            return await connection.fetchval(_JOBS["heartbeat"], daemon_id, timeout=timeout.total_seconds()) is not None
+
+    async def set_daemon_status(self, daemon_id: int, status: str) -> None:
+        """running, stopping or stopped."""
+        async with self._upkeep.use() as connection:
+            await connection.execute(_JOBS["set_daemon_status"], daemon_id, status)
+
+    async def queue_rows(self, names: Iterable[str]) -> list[QueueRow]:
+        """These queues as they are now."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_JOBS["queue_rows"], list(names))
+        return [QueueRow(record["name"], record["paused"], record["team_size"], record["has_ready"]) for record in records]
+
+    # Claiming and upkeep
+
+    async def claim(self, queue: str, daemon_id: int, limit: int) -> list[Job]:
+        """
+        Up to *limit* ready jobs, highest priority first, then oldest; they run under this daemon's lease from now on.
+
+        Raises:
+            LeaseLostError: this daemon's row is gone: it has to register again.
+        """
+        async with self._claims.use() as connection:
+            try:
+                records = await connection.fetch(_JOBS["claim"], queue, daemon_id, limit)
+            except asyncpg.UniqueViolationError:
+                # A stock worker took a job with the same lock between our look and our update: as good as none ready.
+                return []
+            except asyncpg.ForeignKeyViolationError as error:
+                raise LeaseLostError("somebody removed this daemon's row") from error
+        jobs = [_job(record, queue) for record in records]
+        return sorted(jobs, key=lambda job: (-job.priority, job.id))
+
+    async def promote(self, limit: int = 1000) -> tuple[int, timedelta | None]:
+        """Let due jobs in; returns how many, and how long until the next one falls due."""
+        async with self._upkeep.use() as connection:
+            record = await connection.fetchrow(_JOBS["promote"], limit)
+        assert record is not None
+        next_due_s = record["next_due_s"]
+        return record["promoted"], None if next_due_s is None else timedelta(seconds=max(next_due_s, 0.0))
+
+    async def lapsed_jobs(self, lease: timedelta, *, limit: int = 500) -> list[tuple[Job, int | None]]:
+        """Running jobs whose worker is gone or silent for longer than *lease*, and that worker's id."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_JOBS["lapsed_jobs"], lease.total_seconds(), limit)
+        return [(_job(record, record["queue_name"]), record["worker_id"]) for record in records]
+
+    # Committing
+
+    async def commit(self, transitions: Sequence[Transition], *, daemon_id: int | None) -> Committed:
+        """
+        Commit a group of transitions in one transaction, each fenced on its own.
+
+        Args:
+            transitions: at most one per job.
+            daemon_id: who ran the attempts, for ``attempts``.
+
+        Raises:
+            DatabaseUnavailableError: whether the group was committed is unknown; sending it again is safe.
+            asyncpg.PostgresError: the group was rolled back because of one of its members.
+        """
+        async with self._finishes.use() as connection, connection.transaction():
+            order_ids = sorted({t.job.order_id for t in transitions if t.job.order_id is not None})
+            ended: set[int] = set()
+            if order_ids:
+                locked = await connection.fetch(_JOBS["lock_orders"], order_ids)
+                ended = {record["id"] for record in locked if record["ended"]}
+                ended |= set(order_ids) - {record["id"] for record in locked}
+            held = {
+                record["id"]: fence.HeldJob(record["status"], record["token"], record["abort_requested"])
+                for record in await connection.fetch(_JOBS["lock_jobs"], sorted(t.job.id for t in transitions))
+            }
+            rulings = [
+                fence.rule(transition, held.get(transition.job.id), order_has_ended=transition.job.order_id in ended)
+                for transition in transitions
+            ]
+            changed = await self._apply_writes(connection, [ruling.commit for ruling in rulings if ruling.commit])
+            await self._end_jobs(connection, [ruling for ruling in rulings if ruling.status is not None], daemon_id)
+            changes = await self._settle(connection, changed)
+        return Committed([ruling.verdict for ruling in rulings], changes)
+
+    async def _apply_writes(self, connection: db.Connection, transitions: list[Transition]) -> set[int]:
+        """Run the writes of accepted transitions, kind by kind; returns the orders that may have moved on."""
+        touched: set[int] = set()
+        following: list[dict[str, Any]] = []
+        for statement, group in writes.by_statement(write for t in transitions for write in t.writes):
+            document = json.dumps([writes.row(write) for write in group])
+            applied = {tuple(record.values()) for record in await connection.fetch(_ORDERS[statement], document)}
+            touched |= {write.order_id for write in group}
+            for write in group:
+                if writes.key(write) in applied:
+                    following += [writes.job_row(job) for job in getattr(write, "then", ())]
+        if following:
+            await connection.execute(_JOBS["defer_jobs"], json.dumps(following))
+        return touched
+
+    async def _end_jobs(self, connection: db.Connection, rulings: list[fence.Ruling], daemon_id: int | None) -> None:
+        if not rulings:
+            return
+        await connection.execute(
+            _JOBS["end_jobs"],
+            [ruling.job.id for ruling in rulings],
+            [ruling.status for ruling in rulings],
+            [ruling.attempts_spent for ruling in rulings],
+            [None if ruling.delay is None else ruling.delay.total_seconds() for ruling in rulings],
+            [ruling.deaths for ruling in rulings],
+        )
+        unsuccessful = [writes.attempt_row(ruling, daemon_id) for ruling in rulings if ruling.recorded_outcome is not None]
+        if unsuccessful:
+            await connection.execute(_JOBS["record_attempts"], json.dumps(unsuccessful))
+
+    async def _settle(self, connection: db.Connection, order_ids: set[int]) -> list[OrderChange]:
+        if not order_ids:
+            return []
+        records = await connection.fetch(_ORDERS["settle_orders"], sorted(order_ids))
+        changes = [OrderChange(record["id"], record["status"], record["ended"], record["told"]) for record in records]
+        ended = [change.order_id for change in changes if change.has_ended]
+        if ended:
+            await connection.execute(_ORDERS["clear_links"], ended)
+        return changes
+
+    async def tell_orders(self, order_ids: Iterable[int]) -> set[int]:
+        """Tell listeners about orders whose change came too soon after the last one; returns those told now."""
+        async with self._finishes.use() as connection:
+            return {record["id"] for record in await connection.fetch(_ORDERS["tell_orders"], sorted(order_ids))}
+
+    # Reading for the stages
+
+    async def load_order(self, order_id: int) -> OrderRow | None:
+        """The order, or None when there is none under this id."""
+        async with self._reads.use() as connection:
+            record = await connection.fetchrow(_ORDERS["load_order"], order_id)
+        if record is None:
+            return None
+        beautified = None if record["beautified"] is None else json.loads(record["beautified"])
+        return OrderRow(
+            id=record["id"],
+            plan=record["plan"],
+            provider=record["provider"],
+            source=record["source"],
+            params=json.loads(record["params"]),
+            priority=record["priority"],
+            beautified=None
+            if beautified is None
+            else Artifact(beautified["key"], beautified["sha256"], beautified["size_bytes"], beautified["media_type"]),
+            has_ended=record["ended"],
+        )
+
+    async def load_images(self, order_id: int) -> list[ImageRow]:
+        """All images of the order, by index."""
+        async with self._reads.use() as connection:
+            records = await connection.fetch(_ORDERS["load_images"], order_id)
+        return [
+            ImageRow(
+                record["index"], record["prompt"], record["status"], record["provider"], record["locator"], record["object_key"]
+            )
+            for record in records
+        ]
+
+    async def open_call(self, job_id: int) -> str | None:
+        """The provider's task id that an earlier attempt of this job noted, if its end is unknown."""
+        async with self._reads.use() as connection:
+            task_id: str | None = await connection.fetchval(_ORDERS["open_call"], job_id)
+            return task_id
+
+
+def _job(record: asyncpg.Record, queue: str) -> Job:
+    return Job(
+        id=record["id"],
+        queue=queue,
+        task=record["task_name"],
+        priority=record["priority"],
+        args=json.loads(record["args"]),
+        attempts=record["attempts"],
+        deaths=record["deaths"] or 0,
+        token=record["token"],
+    )
+

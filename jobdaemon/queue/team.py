@@ -1,0 +1,147 @@
+"""
+A team: the workers of one queue in one daemon. Its loop is capacity -> claim -> start attempts.
+
+It claims as many jobs as it has free slots, never more: a prefetched job would break priority and hold a slot of the cluster
+limit while it does nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from jobdaemon.domain.job import Job
+from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
+from jobdaemon.events import Events, UpkeepFailed
+from jobdaemon.queue.attempt import AttemptRules, AttemptRunner
+from jobdaemon.queue.store import PostgresJobStore
+
+_REST_AFTER_ERROR_S = 1.0
+#: How long a stopping daemon waits for its last commits when the database does not answer.
+_LAST_COMMIT_S = 10.0
+
+
+class Team:
+    """The workers of one queue; see the module docstring."""
+
+    def __init__(
+        self,
+        queue: str,
+        size: int,
+        rules: AttemptRules,
+        *,
+        store: PostgresJobStore,
+        runner: AttemptRunner,
+        events: Events,
+        daemon_id: Callable[[], int],
+        on_lease_lost: Callable[[], None],
+    ) -> None:
+        self.queue = queue
+        self._configured_size = size
+        self._operators_size: int | None = None
+        self._rules = rules
+        self._store = store
+        self._runner = runner
+        self._events = events
+        self._daemon_id = daemon_id
+        self._on_lease_lost = on_lease_lost
+        self._is_paused = False
+        self._wake = asyncio.Event()
+        self._wake.set()
+        self._claiming: asyncio.Future[None] | None = None
+        self._attempts: set[asyncio.Task[None]] = set()
+        #: When the loop last went round, by the event loop's clock; for the watchdog.
+        self.last_turn_s = 0.0
+
+    @property
+    def running(self) -> int:
+        """How many attempts run now."""
+        return len(self._attempts)
+
+    def wake(self) -> None:
+        """Look for ready jobs: one was announced, or a slot is free."""
+        self._wake.set()
+
+    def steer(self, *, is_paused: bool, size: int | None) -> None:
+        """Follow what operators set; a smaller team lets the surplus run out."""
+        self._is_paused, self._operators_size = is_paused, size
+        self.wake()
+
+    def configure(self, size: int) -> None:
+        """Follow this daemon's settings; what operators set wins."""
+        self._configured_size = size
+        self.wake()
+
+    @property
+    def size(self) -> int:
+        """How many attempts may run at once now."""
+        if self._is_paused:
+            return 0
+        return self._configured_size if self._operators_size is None else self._operators_size
+
+    async def run(self) -> None:
+        """Claim and start attempts until cancelled; attempts run on."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            self.last_turn_s = loop.time()
+            free = self.size - len(self._attempts)
+            if free <= 0:
+                continue
+            try:
+                # Shielded: a claim that is under way when the daemon stops must not lose the jobs it got.
+                self._claiming = asyncio.ensure_future(self._claim(free))
+                await asyncio.shield(self._claiming)
+            except LeaseLostError:
+                self._on_lease_lost()
+                await self._rest()
+            except DatabaseUnavailableError:
+                await self._rest()
+            except Exception as error:
+                self._events.emit(UpkeepFailed(error=f"claim from {self.queue}: {type(error).__name__}: {error}"))
+                await self._rest()
+
+    async def _rest(self) -> None:
+        await asyncio.sleep(_REST_AFTER_ERROR_S)
+        self.wake()
+
+    async def _claim(self, free: int) -> None:
+        for job in await self._store.claim(self.queue, self._daemon_id(), free):
+            self._start(job)
+
+    def _start(self, job: Job) -> None:
+        task = asyncio.get_running_loop().create_task(self._runner.run(job, self._rules), name=f"job {job.id}")
+        self._attempts.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._attempts.discard(task)
+        self.wake()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._events.emit(UpkeepFailed(error=f"attempt in {self.queue}: {type(error).__name__}: {error}"))
+
+    async def finish(self, *, grace_s: float, cut_short: asyncio.Event) -> int:
+        """
+        Let running attempts end; after *grace_s*, or when *cut_short* is set, hand the rest back. The loop must have been cancelled.
+
+        Returns:
+            How many attempts were cut short.
+        """
+        if self._claiming is not None:
+            await asyncio.wait({self._claiming}, timeout=_LAST_COMMIT_S)
+        cut = asyncio.ensure_future(cut_short.wait())
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace_s
+        while self._attempts and not cut.done() and (left_s := deadline - loop.time()) > 0:
+            await asyncio.wait({*self._attempts, cut}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        cut.cancel()
+        rest = set(self._attempts)
+        for task in rest:
+            task.cancel()
+        if rest:
+            # Each hands its job back. One that cannot, because the database is away, leaves it to the rescue.
+            _, stuck = await asyncio.wait(rest, timeout=_LAST_COMMIT_S)
+            for task in stuck:
+                task.cancel()
+        return len(rest)

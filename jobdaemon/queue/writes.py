@@ -1,0 +1,122 @@
+"""Domain writes as rows of JSON: which statement of ``orders.sql`` applies each kind, and what it returns for one that applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from jobdaemon.domain.job import NewJob
+from jobdaemon.domain.plan import Plan
+from jobdaemon.domain.write import (
+    CallSubmitted,
+    ImageFailed,
+    ImageGenerated,
+    ImagesRemoved,
+    ImageStored,
+    OrderFailed,
+    OrderStarted,
+    PhotoBeautified,
+    Write,
+)
+from jobdaemon.queue.fence import Ruling
+
+#: In the order in which the statements of one transaction run.
+_STATEMENTS: dict[type[Write], str] = {
+    OrderStarted: "order_started",
+    PhotoBeautified: "photo_beautified",
+    CallSubmitted: "call_submitted",
+    ImageGenerated: "image_generated",
+    ImageStored: "image_stored",
+    ImageFailed: "image_failed",
+    OrderFailed: "order_failed",
+    ImagesRemoved: "images_removed",
+}
+#: Error sentences are for people; whole responses of a provider are not.
+MAX_ERROR_CHARS = 2000
+
+
+def by_statement(writes: Iterable[Write]) -> Iterator[tuple[str, list[Write]]]:
+    """Group writes by the statement that applies them, in running order."""
+    groups: dict[type[Write], list[Write]] = {kind: [] for kind in _STATEMENTS}
+    for write in writes:
+        groups[type(write)].append(write)
+    for kind, group in groups.items():
+        if group:
+            yield _STATEMENTS[kind], group
+
+
+def row(write: Write) -> dict[str, Any]:
+    """The row of JSON that *write* is to its statement."""
+    match write:
+        case PhotoBeautified():
+            artifact = asdict(write.artifact)
+            details = {name: getattr(write, name) for name in ("width", "height", "faces", "unrestored", "model", "device")}
+            return {"order_id": write.order_id, "beautified": artifact | details}
+        case ImageGenerated():
+            expires_at = None if write.expires_at is None else write.expires_at.isoformat()
+            return {
+                "order_id": write.order_id,
+                "index": write.index,
+                "provider": write.provider,
+                "locator": storable(write.locator),
+                "expires_at": expires_at,
+            }
+        case ImageStored():
+            values = asdict(write)
+            values["bytes"] = values.pop("size_bytes")
+            return values
+        case ImageFailed() | OrderFailed():
+            return asdict(write) | {"error": storable(write.error)}
+        case _:
+            return asdict(write)
+
+
+def key(write: Write) -> tuple[int, ...]:
+    """What the statement returns for *write* when it applied."""
+    match write:
+        case ImageGenerated() | ImageStored() | ImageFailed():
+            return (write.order_id, write.index)
+        case _:
+            return (write.order_id,)
+
+
+def plan_row(plan: Plan) -> dict[str, Any]:
+    """A plan as a row of JSON; intervals in seconds."""
+    values = asdict(plan)
+    for name in ("lift_after", "expires_after"):
+        values[f"{name}_s"] = values.pop(name).total_seconds()
+    return values
+
+
+def job_row(job: NewJob) -> dict[str, Any]:
+    """A following job as a row of JSON."""
+    return {
+        "queue": job.queue,
+        "task": job.task,
+        "priority": job.priority,
+        "args": dict(job.args),
+        "delay_s": None if job.delay is None else job.delay.total_seconds(),
+    }
+
+
+def attempt_row(ruling: Ruling, daemon_id: int | None) -> dict[str, Any]:
+    """An unsuccessful attempt as a row of JSON."""
+    return {
+        "job_id": ruling.job.id,
+        "order_id": ruling.job.order_id,
+        "queue": ruling.job.queue,
+        "attempt": ruling.job.attempt,
+        "token": ruling.job.token,
+        "daemon_id": daemon_id,
+        "seconds": ruling.seconds,
+        "outcome": ruling.recorded_outcome,
+        "error_kind": ruling.error_kind,
+        "error": None if ruling.error is None else storable(ruling.error),
+    }
+
+
+def storable(text: str) -> str:
+    """*text* as Postgres can hold it: no NUL, no lone surrogate, of bounded length."""
+    cleaned = text.replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
+    return cleaned if len(cleaned) <= MAX_ERROR_CHARS else cleaned[: MAX_ERROR_CHARS - 1] + "…"

@@ -1,0 +1,138 @@
+"""
+Bringing a database's schema up to date.
+
+Migrations are run by yoyo on one psycopg connection whose search_path is our schema. Two sources: procrastinate's own
+migrations (a fresh database gets its current schema instead, and all of them are recorded as applied) and ours in
+``migrations/``. After either, the tune step runs. yoyo's lock table is not used: a killed migration would leave it locked,
+while an advisory lock ends with its connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+import psycopg
+import psycopg.sql
+from procrastinate.schema import SchemaManager
+from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
+from yoyo.migrations import read_migrations
+
+from jobdaemon.errors import DatabaseUnavailableError, SchemaVersionError
+from jobdaemon.schema_version import compare, is_post, migrations_path
+
+SCHEMA = "jobdaemon"
+#: Any number that no other advisory lock in the database uses.
+_MIGRATION_LOCK = 7_236_451_100_231
+_MIGRATION_TABLE = "_yoyo_migration"
+
+Stage = Literal["pre", "post"]
+
+
+def applied_migrations(connection: psycopg.Connection[Any]) -> list[str]:
+    """What the database behind *connection* records as applied; nothing when it was never migrated."""
+    row = connection.execute("SELECT to_regclass(%s)", [f"{SCHEMA}.{_MIGRATION_TABLE}"]).fetchone()
+    if row is None or row[0] is None:
+        return []
+    table = psycopg.sql.Identifier(SCHEMA, _MIGRATION_TABLE)
+    return [name for (name,) in connection.execute(psycopg.sql.SQL("SELECT migration_id FROM {}").format(table))]
+
+
+def connect(url: str, *, connect_timeout_s: int = 5) -> psycopg.Connection[Any]:
+    """
+    An autocommit psycopg connection.
+
+    Raises:
+        DatabaseUnavailableError: one sentence; the password is never part of it.
+    """
+    try:
+        return psycopg.connect(url, autocommit=True, connect_timeout=connect_timeout_s, application_name="jobdaemon")
+    except psycopg.Error as error:
+        raise DatabaseUnavailableError(_one_sentence(error)) from error
+
+
+def _one_sentence(error: psycopg.Error) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"The database cannot be reached: {lines[0] if lines else type(error).__name__}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """What yoyo wants to know of a URL; libpq, which knows every form of one, reads the rest."""
+
+    url: str
+    database: str = ""
+
+
+class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo has no types
+    """yoyo on connections of ours, inside our schema. It opens a second one for each migration it runs."""
+
+    def connect(self, dburi: _Address) -> psycopg.Connection[Any]:
+        connection = connect(dburi.url)
+        connection.execute(f"SET search_path = {SCHEMA}, pg_temp")
+        connection.execute("SET client_min_messages = warning")
+        return connection
+
+
+def migrate(url: str, stage: Stage | None = None) -> list[str]:
+    """
+    Bring a database's schema up to what this program knows; safe to run twice and from two machines at once.
+
+    Args:
+        url: any URL libpq takes; its role must own (or may create) schema ``jobdaemon``.
+        stage: only pre migrations, only post migrations, or both.
+
+    Returns:
+        Ids of the migrations applied now; empty when there was nothing to do.
+
+    Raises:
+        DatabaseUnavailableError: cannot connect.
+        SchemaVersionError: the schema is newer than this program, or a migration failed (it was rolled back).
+    """
+    try:
+        with _backend(url) as backend:
+            applied = _apply(backend, stage)
+            backend.connection.execute((resources.files("jobdaemon.queue.sql") / "tune.sql").read_text(encoding="utf-8"))
+            return applied
+    except psycopg.OperationalError as error:
+        raise DatabaseUnavailableError(_one_sentence(error)) from error
+    except psycopg.Error as error:
+        raise SchemaVersionError(f"The migration failed and was rolled back: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _backend(url: str) -> Iterator[Any]:
+    with connect(url) as lock:
+        lock.execute("SELECT pg_advisory_lock(%s)", [_MIGRATION_LOCK])
+        lock.execute(psycopg.sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(psycopg.sql.Identifier(SCHEMA)))
+        backend = _Backend(_Address(url), _MIGRATION_TABLE)
+        try:
+            backend.init_database()
+            yield backend
+        finally:
+            backend.connection.close()
+
+
+def _apply(backend: Any, stage: Stage | None) -> list[str]:
+    connection: psycopg.Connection[Any] = backend.connection
+    state = compare(applied_migrations(connection))
+    if state.unknown_post:
+        state.require_usable()
+    theirs = read_migrations(SchemaManager.get_migrations_path())
+    done: list[str] = []
+    row = connection.execute("SELECT to_regclass('procrastinate_jobs')").fetchone()
+    if row is None or row[0] is None:
+        with connection.transaction():
+            connection.execute(SchemaManager.get_schema())
+        backend.mark_migrations(theirs)
+        done += sorted(migration.id for migration in theirs)
+    for migrations in (theirs, read_migrations(str(migrations_path()))):
+        for migration in backend.to_apply(migrations):
+            if stage is None or is_post(migration.id) == (stage == "post"):
+                backend.apply_one(migration)
+                done.append(migration.id)
+    return done
+

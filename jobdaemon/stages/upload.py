@@ -1,0 +1,89 @@
+"""upload: a generated image to where people can have it, after it proved to be a whole image."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+
+from jobdaemon.domain.artifact import image_key
+from jobdaemon.domain.outcome import Done
+from jobdaemon.domain.write import ImagesRemoved, ImageStored
+from jobdaemon.errors import ArtifactMissingError, InvalidOrderError
+from jobdaemon.ports import ArtifactStore, Attempt, ImageFacts, OrderReader
+from jobdaemon.stages.beautify import ARTIFACT_SCHEME
+
+
+class UploadStage:
+    """One job per image."""
+
+    def __init__(
+        self,
+        *,
+        orders: OrderReader,
+        store: ArtifactStore,
+        fetch: Callable[[str], Awaitable[bytes]],
+        inspect: Callable[[bytes], ImageFacts],
+        max_image_bytes: int,
+    ) -> None:
+        """
+        Args:
+            fetch: downloads a provider's URL, guarded and bounded.
+            inspect: decodes the whole image; raises UnsupportedImageError when it is none. Runs in a thread.
+        """
+        self._orders = orders
+        self._store = store
+        self._fetch = fetch
+        self._inspect = inspect
+        self._max_image_bytes = max_image_bytes
+
+    async def run(self, attempt: Attempt) -> Done:
+        """Raises what the store and the provider's server raise, and UnsupportedImageError for bytes that are no image."""
+        order_id, index = attempt.job.args["order_id"], attempt.job.args["image"]
+        image = next((row for row in await self._orders.load_images(order_id) if row.index == index), None)
+        if image is None:
+            raise InvalidOrderError(f"order {order_id} has no image {index}")
+        if image.status != "generated":
+            return Done()  # stored by an earlier attempt, failed or cancelled
+        if image.locator is None:
+            raise ArtifactMissingError("the provider's link to this image is gone")
+        work_key = image.locator.removeprefix(ARTIFACT_SCHEME) if image.locator.startswith(ARTIFACT_SCHEME) else None
+        content = await (
+            self._fetch(image.locator) if work_key is None else self._store.get(work_key, max_bytes=self._max_image_bytes)
+        )
+        facts, digest = await asyncio.to_thread(lambda: (self._inspect(content), hashlib.sha256(content).hexdigest()))
+        if work_key is not None and digest[:16] not in work_key:
+            raise ArtifactMissingError(f"the bytes under {work_key} are not those that were generated")
+        stored = await self._store.put(image_key(order_id, index, digest, facts.media_type), content, facts.media_type)
+        return Done(
+            writes=(
+                ImageStored(
+                    order_id,
+                    index,
+                    object_key=stored.key,
+                    url=self._store.url(stored.key),
+                    sha256=digest,
+                    size_bytes=len(content),
+                    width=facts.width,
+                    height=facts.height,
+                    media_type=facts.media_type,
+                ),
+            ),
+            obsolete=() if work_key is None else (work_key,),
+        )
+
+
+class RemoveStage:
+    """Deletes the stored images of a cancelled order whose customer wants them gone."""
+
+    def __init__(self, *, orders: OrderReader, store: ArtifactStore) -> None:
+        self._orders = orders
+        self._store = store
+
+    async def run(self, attempt: Attempt) -> Done:
+        """Raises what the store raises."""
+        order_id = attempt.job.args["order_id"]
+        for image in await self._orders.load_images(order_id):
+            if image.status == "stored" and image.object_key is not None:
+                await self._store.delete(image.object_key)
+        return Done(writes=(ImagesRemoved(order_id),))

@@ -1,0 +1,113 @@
+-- What operators and apps read. The CLI's --json has the same columns.
+
+CREATE VIEW queue_depth AS
+SELECT
+    q.name AS queue,
+    (SELECT count(*) FROM procrastinate_jobs j
+        WHERE j.queue_name = q.name AND j.status = 'todo' AND j.scheduled_at IS NULL) AS ready,
+    (SELECT count(*) FROM procrastinate_jobs j
+        WHERE j.queue_name = q.name AND j.status = 'todo' AND j.scheduled_at IS NOT NULL) AS scheduled,
+    (SELECT count(*) FROM procrastinate_jobs j WHERE j.queue_name = q.name AND j.status = 'doing') AS running,
+    (SELECT count(*) FROM procrastinate_jobs j WHERE j.queue_name = q.name AND j.status = 'failed') AS failed,
+    -- Since it last became ready: the newest of its deferral, its due time and its last hand-back.
+    (SELECT extract(epoch FROM now() - e.at)::double precision
+        FROM (SELECT j.id FROM procrastinate_jobs j
+            WHERE j.queue_name = q.name AND j.status = 'todo' AND j.scheduled_at IS NULL
+            ORDER BY j.id LIMIT 1) AS oldest
+        CROSS JOIN LATERAL (SELECT max(ev.at) AS at FROM procrastinate_events ev
+            WHERE ev.job_id = oldest.id AND ev.at <= now()) AS e) AS oldest_ready_seconds,
+    q.paused,
+    q.team_size,
+    q.cluster_limit,
+    q.adaptive_limit,
+    q.circuit
+FROM queues q;
+
+CREATE VIEW order_progress AS
+SELECT
+    o.id AS order_id,
+    o.customer,
+    o.plan,
+    o.status,
+    o.images_total,
+    o.images_stored,
+    o.images_failed,
+    ((o.images_stored + o.images_failed)::double precision / o.images_total) AS progress,
+    o.created_at,
+    o.first_image_at,
+    o.finished_at,
+    CASE WHEN o.finished_at IS NULL THEN (
+        SELECT CASE
+            WHEN j.status = 'doing' THEN NULL
+            WHEN q.paused THEN format('queue %s is paused', j.queue_name)
+            WHEN j.scheduled_at > now() THEN format('scheduled until %s in queue %s',
+                to_char(j.scheduled_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), j.queue_name)
+            WHEN NOT EXISTS (SELECT FROM daemons d JOIN procrastinate_workers w ON w.id = d.id
+                WHERE d.queues ? j.queue_name AND w.last_heartbeat > now() - interval '30 seconds')
+                THEN format('no daemon serves queue %s', j.queue_name)
+            ELSE format('a free slot in queue %s', j.queue_name) END
+        FROM procrastinate_jobs j LEFT JOIN queues q ON q.name = j.queue_name
+        WHERE (j.args ->> 'order_id')::bigint = o.id AND j.task_name LIKE 'jobdaemon.%'
+            AND j.status IN ('todo', 'doing')
+        ORDER BY (j.status = 'doing') DESC, j.scheduled_at NULLS FIRST, j.id
+        LIMIT 1) END AS waiting_for
+FROM orders o;
+
+CREATE VIEW running_jobs AS
+SELECT
+    j.id AS job_id,
+    j.queue_name AS queue,
+    (j.args ->> 'order_id') AS order_id,
+    j.attempts + 1 AS attempt,
+    j.priority,
+    j.worker_id AS daemon_id,
+    d.host,
+    (SELECT max(e.at) FROM procrastinate_events e WHERE e.job_id = j.id AND e.type = 'started') AS started_at,
+    w.last_heartbeat
+FROM procrastinate_jobs j
+LEFT JOIN daemons d ON d.id = j.worker_id
+LEFT JOIN procrastinate_workers w ON w.id = j.worker_id
+WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM queues q);
+
+CREATE VIEW stage_timings AS
+SELECT
+    j.queue_name AS queue,
+    count(*) AS jobs,
+    percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM ended.at - started.at)) AS run_seconds_p50,
+    percentile_cont(0.95) WITHIN GROUP (ORDER BY extract(epoch FROM ended.at - started.at)) AS run_seconds_p95
+FROM procrastinate_events ended
+JOIN procrastinate_jobs j ON j.id = ended.job_id
+CROSS JOIN LATERAL (SELECT max(e.at) AS at FROM procrastinate_events e
+    WHERE e.job_id = j.id AND e.type = 'started' AND e.at <= ended.at) AS started
+WHERE ended.type = 'succeeded' AND ended.at > now() - interval '1 hour'
+GROUP BY j.queue_name;
+
+CREATE VIEW throughput AS
+SELECT
+    j.queue_name AS queue,
+    date_trunc('minute', e.at) AS minute,
+    count(*) FILTER (WHERE e.type = 'succeeded') AS succeeded,
+    count(*) FILTER (WHERE e.type = 'failed') AS failed
+FROM procrastinate_events e
+JOIN procrastinate_jobs j ON j.id = e.job_id
+WHERE e.type IN ('succeeded', 'failed') AND e.at > now() - interval '1 hour'
+GROUP BY j.queue_name, date_trunc('minute', e.at);
+
+CREATE VIEW failures AS
+SELECT a.ended_at, a.queue, a.order_id, a.job_id, a.attempt, a.outcome, a.error_kind, a.error, a.daemon_id
+FROM attempts a
+WHERE a.outcome IN ('failed', 'retry', 'interrupted');
+
+CREATE VIEW workers AS
+SELECT
+    d.id AS daemon_id,
+    d.host,
+    d.pid,
+    d.version,
+    d.status,
+    d.queues,
+    d.started_at,
+    w.last_heartbeat,
+    (SELECT count(*) FROM procrastinate_jobs j WHERE j.worker_id = d.id AND j.status = 'doing') AS running
+FROM daemons d
+LEFT JOIN procrastinate_workers w ON w.id = d.id;
