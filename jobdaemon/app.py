@@ -6,6 +6,7 @@ Heavy libraries are imported where they are chosen, so that a command that only 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from jobdaemon.http import GuardedClient
 
 
@@ -95,20 +99,29 @@ async def ensure_rows(store: PostgresJobStore, settings: Settings) -> None:
     await store.ensure_rows(queue_names(settings), plans(settings))
 
 
+def require_schema(applied: list[str]) -> None:
+    """
+    Raises:
+        SchemaVersionError: a database that records these migrations does not fit this program.
+    """
+    schema_version.compare(applied).require_usable()
+
+
 async def prepare_database(settings: Settings, url: str) -> list[str]:
     """
-    Migrate and insert missing rows: what ``jobdaemon migrate`` does, and every command on the embedded database.
+    Bring the embedded database up to date, and insert missing rows; quick where there is nothing to do.
 
     Returns:
         Ids of the migrations applied now.
     """
-    import asyncio
-
-    from jobdaemon.schema import migrate
-
-    applied = await asyncio.to_thread(migrate, url)
+    applied: list[str] = []
     store = PostgresJobStore(address(settings, url))
     try:
+        state = schema_version.compare(await store.applied_migrations())
+        if state.pending_pre or state.pending_post:
+            from jobdaemon.schema import migrate
+
+            applied = await asyncio.to_thread(migrate, url)
         await ensure_rows(store, settings)
     finally:
         await store.close()
@@ -164,14 +177,31 @@ def open_providers(settings: Settings) -> dict[str, Provider]:
     Raises:
         SettingsError: the provider of orders that name none is not among them.
     """
+    providers: dict[str, Provider] = {"local": _local_provider(settings)}
+    if settings.orders.provider not in providers:
+        raise SettingsError(
+            f"orders.provider: there is no provider {settings.orders.provider!r}; there is {', '.join(providers)}"
+        )
+    return providers
+
+
+def _local_provider(settings: Settings) -> Provider:
+    from jobdaemon.backends.faces import FaceDetector
     from jobdaemon.photo import PhotoLimits
     from jobdaemon.providers.local import LocalProvider
 
-    limits = PhotoLimits(settings.photos.result_max_bytes, settings.photos.max_pixels)
-    providers: dict[str, Provider] = {"local": LocalProvider(threads=settings.generate.local.threads, limits=limits)}
-    if settings.orders.provider not in providers:
-        raise SettingsError(f"orders.provider: there is no provider {settings.orders.provider!r}; there is {', '.join(providers)}")
-    return providers
+    detector = FaceDetector()
+
+    def find_faces(pixels: NDArray[np.uint8]) -> list[tuple[float, float, float, float]]:
+        boxes = (face.box for face in detector.detect(pixels))
+        return [(left, top, right - left, bottom - top) for left, top, right, bottom in boxes]
+
+    return LocalProvider(
+        threads=settings.generate.local.threads,
+        limits=PhotoLimits(settings.photos.result_max_bytes, settings.photos.max_pixels),
+        images_per_call=settings.orders.images_per_call,
+        find_faces=find_faces,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +257,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             engine=EngineRules(engine.heartbeat, engine.lease, engine.poll, engine.stop_grace),
             events=events,
             version=program_version(),
-            require_schema=lambda applied: schema_version.compare(applied).require_usable(),
+            require_schema=require_schema,
             ensure_rows=lambda: ensure_rows(store, settings),
             discard=lambda keys: _discard(artifacts, keys, events),
         )
@@ -273,7 +303,9 @@ def build_stages(
                 settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1
             ),
         ),
-        Task.GENERATE: GenerateStage(orders=orders, store=artifacts, providers=providers, max_photo_bytes=photos.result_max_bytes),
+        Task.GENERATE: GenerateStage(
+            orders=orders, store=artifacts, providers=providers, max_photo_bytes=photos.result_max_bytes
+        ),
         Task.UPLOAD: UploadStage(
             orders=orders,
             store=artifacts,

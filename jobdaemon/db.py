@@ -27,12 +27,26 @@ _LOST: tuple[type[BaseException], ...] = (
     asyncpg.InterfaceError,
     asyncpg.PostgresConnectionError,
     asyncpg.exceptions.OperatorInterventionError,
-    asyncpg.exceptions.TooManyConnectionsError,
+    # too many connections, disk full, out of memory, deadlock, lock not available, I/O error: none is the statement's own fault
+    asyncpg.exceptions.InsufficientResourcesError,
+    asyncpg.exceptions.TransactionRollbackError,
+    asyncpg.exceptions.LockNotAvailableError,
+    asyncpg.exceptions.PostgresSystemError,
     asyncpg.exceptions.InvalidAuthorizationSpecificationError,
     asyncpg.exceptions.InvalidCatalogNameError,
     # the old primary after a failover
     asyncpg.exceptions.ReadOnlySQLTransactionError,
 )
+
+#: ValueError: a URL that asyncpg cannot read.
+_NOT_CONNECTED: tuple[type[BaseException], ...] = (*_LOST, asyncpg.PostgresError, ValueError)
+
+#: Whatever the server's or the role's defaults are. A claim under REPEATABLE READ would count running jobs in an old snapshot; a
+#: transaction left open by a bug of ours must not keep vacuum from the queue.
+_PINNED = """
+SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED;
+SET idle_in_transaction_session_timeout = '60s';
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +74,16 @@ async def connect(address: DatabaseAddress, *, application_name: str = "jobdaemo
         DatabaseUnavailableError: one sentence, without the password.
     """
     try:
-        return await asyncpg.connect(
+        connection = await asyncpg.connect(
             address.url,
             timeout=address.connect_timeout.total_seconds(),
             command_timeout=address.command_timeout.total_seconds(),
             statement_cache_size=100 if address.use_statement_cache else 0,
             server_settings={"application_name": application_name},
         )
-    except (*_LOST, asyncpg.PostgresError, ValueError) as error:
+        await connection.execute(_PINNED)
+        return connection
+    except _NOT_CONNECTED as error:
         raise DatabaseUnavailableError(unavailable(error)) from error
 
 
@@ -104,7 +120,8 @@ class Session:
         The connection, alone.
 
         Raises:
-            DatabaseUnavailableError: it could not be made, or was lost meanwhile; whether the last statement took effect is unknown.
+            DatabaseUnavailableError: it could not be made, or was lost meanwhile; whether the last statement took effect
+                is unknown.
         """
         async with self._busy:
             connection = await self._connected()
@@ -146,7 +163,7 @@ class Session:
         if connection is not None and not connection.is_closed():
             try:
                 await connection.close(timeout=2)
-            except (*_LOST, asyncpg.PostgresError):
+            except _NOT_CONNECTED:
                 connection.terminate()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import psycopg
@@ -121,18 +122,33 @@ def _apply(backend: Any, stage: Stage | None) -> list[str]:
     state = compare(applied_migrations(connection))
     if state.unknown_post:
         state.require_usable()
-    theirs = read_migrations(SchemaManager.get_migrations_path())
+    if stage == "post" and state.pending_pre:
+        raise SchemaVersionError(f"{state.pending_pre[0]} comes first: run `jobdaemon migrate --pre`.")
+    # yoyo takes Python files for migrations too, and procrastinate's folder is a package.
+    theirs = read_migrations(SchemaManager.get_migrations_path()).filter(lambda migration: migration.path.endswith(".sql"))
     done: list[str] = []
     row = connection.execute("SELECT to_regclass('procrastinate_jobs')").fetchone()
+    # A migration and the note that it was applied are one transaction: a run that is killed can simply be run again.
+    backend.ensure_internal_schema_updated()
     if row is None or row[0] is None:
         with connection.transaction():
             connection.execute(SchemaManager.get_schema())
-        backend.mark_migrations(theirs)
+            for migration in theirs:
+                backend.mark_one(migration)
         done += sorted(migration.id for migration in theirs)
     for migrations in (theirs, read_migrations(str(migrations_path()))):
         for migration in backend.to_apply(migrations):
             if stage is None or is_post(migration.id) == (stage == "post"):
-                backend.apply_one(migration)
+                _apply_one(backend, migration)
                 done.append(migration.id)
     return done
 
+
+def _apply_one(backend: Any, migration: Any) -> None:
+    migration.load()
+    if not migration.use_transactions:
+        backend.apply_one(migration)
+        return
+    with backend.connection.transaction():
+        backend.connection.execute(Path(migration.path).read_bytes())
+        backend.mark_one(migration)

@@ -53,7 +53,8 @@ class SchemaState:
         """
         if self.unknown_post:
             raise SchemaVersionError(
-                f"The database's schema is newer than this program (it has {self.unknown_post[0]}): upgrade jobdaemon on this machine."
+                f"The database's schema is newer than this program (it has {self.unknown_post[0]}): "
+                "upgrade jobdaemon on this machine."
             )
         if self.pending_pre:
             raise SchemaVersionError(

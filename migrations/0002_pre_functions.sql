@@ -63,6 +63,10 @@ BEGIN
         RAISE EXCEPTION 'params must be a JSON object of at most 65536 bytes' USING ERRCODE = 'JD004';
     END IF;
 
+    IF v_at > now() + interval '1 year' THEN
+        RAISE EXCEPTION 'an order may be scheduled at most a year ahead' USING ERRCODE = 'JD004';
+    END IF;
+
     v_images := coalesce(enqueue_order.images, v_plan.images);
     IF v_images NOT BETWEEN 1 AND v_plan.images THEN
         RAISE EXCEPTION 'plan % gives 1 to % images, not %', v_plan.name, v_plan.images, v_images USING ERRCODE = 'JD004';
@@ -70,12 +74,15 @@ BEGIN
 
     -- A smaller order of a plan takes as many of the plan's own prompts as it has images.
     v_prompts := coalesce(enqueue_order.prompts, v_plan.prompts[1:v_images]);
-    IF cardinality(v_prompts) NOT BETWEEN 1 AND v_images OR array_ndims(v_prompts) <> 1 THEN
+    IF array_ndims(v_prompts) > 1 THEN
+        RAISE EXCEPTION 'prompts must be a plain list, not one of % dimensions', array_ndims(v_prompts) USING ERRCODE = 'JD004';
+    END IF;
+    IF cardinality(v_prompts) NOT BETWEEN 1 AND v_images THEN
         RAISE EXCEPTION '% prompts for % images: give 1 to % prompts', cardinality(v_prompts), v_images, v_images
             USING ERRCODE = 'JD004';
     END IF;
     SELECT p.n INTO v_bad FROM unnest(v_prompts) WITH ORDINALITY AS p (prompt, n)
-        WHERE p.prompt IS NULL OR btrim(p.prompt, E' \t\r\n') = '' OR octet_length(p.prompt) > 4000
+        WHERE p.prompt IS NULL OR p.prompt !~ '[^[:space:]]' OR octet_length(p.prompt) > 4000
         ORDER BY p.n LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION 'prompt % is %', v_bad, CASE WHEN octet_length(v_prompts[v_bad]) > 4000
@@ -178,6 +185,7 @@ DECLARE
     v_order_id bigint := redrive.order_id;
     v_order orders;
     v_jobs bigint[];
+    v_idle bigint[];
 BEGIN
     IF (redrive.order_id IS NULL) = (redrive.job_id IS NULL) THEN
         RAISE EXCEPTION 'name either an order or a job to redrive' USING ERRCODE = 'JD005';
@@ -200,14 +208,30 @@ BEGIN
         WHERE (j.args ->> 'order_id')::bigint = v_order_id AND j.task_name LIKE 'jobdaemon.%' AND j.status = 'failed'
             AND (redrive.job_id IS NULL OR j.id = redrive.job_id)
         ORDER BY j.id FOR UPDATE);
+    -- An image whose link was cleared when its order ended must be made again before it can be uploaded: by a generate job that
+    -- is redriven with it (which brings an upload of its own), else by the upload job turned into a generate job.
+    v_idle := ARRAY(SELECT j.id FROM procrastinate_jobs j
+        JOIN images i ON i.order_id = v_order_id AND i.index = (j.args ->> 'image')::integer
+        WHERE j.id = ANY (v_jobs) AND i.status = 'failed' AND i.locator IS NULL
+            AND EXISTS (SELECT FROM procrastinate_jobs g WHERE g.id = ANY (v_jobs) AND (g.args -> 'images') @> to_jsonb(i.index)));
+    UPDATE procrastinate_jobs j SET status = 'cancelled' WHERE j.id = ANY (v_idle);
+    v_jobs := ARRAY(SELECT job.id FROM unnest(v_jobs) AS job (id) WHERE job.id <> ALL (v_idle));
     IF cardinality(v_jobs) = 0 THEN
         RETURN 0;
     END IF;
+    UPDATE procrastinate_jobs j
+        SET task_name = 'jobdaemon.generate', queue_name = 'generate.' || coalesce(i.provider, v_order.provider),
+            args = jsonb_build_object('order_id', v_order_id, 'images', jsonb_build_array(i.index))
+        FROM images i
+        WHERE j.id = ANY (v_jobs) AND i.order_id = v_order_id AND i.index = (j.args ->> 'image')::integer
+            AND i.status = 'failed' AND i.locator IS NULL;
+    -- What arrived is only to be uploaded: a generate job takes no such image along.
     UPDATE images i SET status = CASE WHEN i.locator IS NULL THEN 'pending' ELSE 'generated' END, error = NULL
         FROM procrastinate_jobs j
         WHERE j.id = ANY (v_jobs) AND i.order_id = v_order_id AND i.status = 'failed'
             AND (j.task_name = 'jobdaemon.beautify'
-                 OR (j.args -> 'images') @> to_jsonb(i.index) OR (j.args ->> 'image')::integer = i.index);
+                 OR i.locator IS NULL AND (j.args -> 'images') @> to_jsonb(i.index)
+                 OR (j.args ->> 'image')::integer = i.index);
     UPDATE procrastinate_jobs j
         SET status = 'todo', attempts = 0, deaths = NULL, token = NULL, scheduled_at = NULL, abort_requested = false,
             worker_id = NULL
@@ -218,7 +242,9 @@ BEGIN
             ELSE 'uploading' END,
         images_failed = (SELECT count(*) FROM images i WHERE i.order_id = o.id AND i.status = 'failed'),
         expires_at = now() + (SELECT p.expires_after FROM plans p WHERE p.name = o.plan)
-        WHERE o.id = v_order_id;
+        -- A job that has nothing left to do does not open its order again: nothing would end it.
+        WHERE o.id = v_order_id
+            AND EXISTS (SELECT FROM images i WHERE i.order_id = o.id AND i.status IN ('pending', 'generated'));
     RETURN cardinality(v_jobs);
 END;
 $$;

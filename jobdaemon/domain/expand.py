@@ -71,8 +71,8 @@ def writes_when_dead(job: Job, reason: str) -> tuple[Write, ...]:
         case Task.BEAUTIFY:
             return (OrderFailed(job.order_id, reason),)
         case Task.GENERATE:
-            return tuple(ImageFailed(job.order_id, index, reason, was="pending") for index in job.args["images"])
+            return tuple(ImageFailed(job.order_id, index, reason, was="pending") for index in job.image_indexes)
         case Task.UPLOAD:
-            return (ImageFailed(job.order_id, job.args["image"], reason, was="generated"),)
+            return tuple(ImageFailed(job.order_id, index, reason, was="generated") for index in job.image_indexes)
         case _:
             return ()

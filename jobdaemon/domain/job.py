@@ -83,10 +83,21 @@ class Job:
     @property
     def order_id(self) -> int | None:
         """The order this job works for, when it works for one."""
-        value = self.args.get("order_id")
-        return value if isinstance(value, int) else None
+        return _row_number(self.args.get("order_id"))
+
+    @property
+    def image_indexes(self) -> tuple[int, ...]:
+        """The images of its order this job works for, what is no index left out: a generate job's ``images``, an upload's ``image``."""
+        images = self.args.get("images")
+        values = images if isinstance(images, list | tuple) else [self.args.get("image")]
+        return tuple(value for value in map(_row_number, values) if value is not None)
 
     @property
     def outlives_its_order(self) -> bool:
         """Whether this job works on an order that has ended; every other job of an ended order is dropped."""
         return self.task == Task.REMOVE
+
+
+def _row_number(value: object) -> int | None:
+    """*value* if it can be a number in a row of ours: anybody may defer a job with any arguments."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 else None

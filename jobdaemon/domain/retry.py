@@ -9,7 +9,7 @@ from datetime import timedelta
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition
 from jobdaemon.domain.write import Write
-from jobdaemon.errors import JobdaemonError, PermanentError, RateLimitedError, RetryableError
+from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, PermanentError, RateLimitedError, RetryableError
 
 #: A worker that dies takes its jobs along, guilty or not: rests grow so that a poison job cannot keep a machine
 #: down, and only this many deaths make a dead letter.
@@ -62,6 +62,9 @@ def after_error(
     reason = str(error) if isinstance(error, JobdaemonError) else f"{kind}: {error}"
     if isinstance(error, RateLimitedError):
         return Transition(job, End.SNOOZE, delay=error.retry_after or _DEFAULT_SNOOZE, error_kind=kind, error=reason)
+    if isinstance(error, DatabaseUnavailableError):
+        # No fault of the job, and an outage may outlast all its attempts.
+        return Transition(job, End.SNOOZE, delay=_DEFAULT_SNOOZE, error_kind=kind, error=reason)
     if isinstance(error, PermanentError) or job.attempt >= policy.attempts:
         return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason)
     delay = backoff_after(job.attempt, policy, jitter)

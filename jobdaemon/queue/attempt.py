@@ -87,19 +87,30 @@ class AttemptRunner:
             done = await self._run_stage(job, rules)
             transition = Transition(job, End.SUCCEEDED, writes=done.writes)
         except asyncio.CancelledError:
-            transition = Transition(job, End.HANDED_BACK, error="the daemon stopped")
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                transition = Transition(job, End.HANDED_BACK, error="the daemon stopped")
+            else:
+                # Nobody cancelled this attempt: something inside the stage did. Handed back, it would run for ever.
+                transition = _after_error(job, RetryableError("the stage cancelled itself"), rules)
         except LeaseLostError as error:
             # The end is committed all the same: the fence drops what is lost, and ends the job of a cancelled order.
             transition = Transition(job, End.HANDED_BACK, error=str(error))
         except Exception as error:
-            transition = after_error(
-                job, error, rules.retry, jitter=random.random(), dead=lambda reason: writes_when_dead(job, reason)
-            )
+            transition = _after_error(job, error, rules)
         seconds = loop.time() - started
-        verdict = await self._committer.commit(replace(transition, seconds=seconds))
+        verdict = await self._commit(replace(transition, seconds=seconds))
         self._report(transition, verdict, seconds)
         if verdict is Verdict.ACCEPTED and done.obsolete:
             await self._discard(done.obsolete)
+
+    async def _commit(self, transition: Transition) -> Verdict:
+        commit = asyncio.ensure_future(self._committer.commit(transition))
+        try:
+            return await asyncio.shield(commit)
+        except asyncio.CancelledError:
+            # The grace is over while the end is on its way: the end comes first. A second cancellation gets through.
+            return await commit
 
     async def _run_stage(self, job: Job, rules: AttemptRules) -> Done:
         stage = self._stages.get(job.task)
@@ -124,3 +135,7 @@ class AttemptRunner:
                 job_id=job.id, queue=job.queue, outcome=outcome, seconds=seconds, error=transition.error, order_id=job.order_id
             )
         )
+
+
+def _after_error(job: Job, error: Exception, rules: AttemptRules) -> Transition:
+    return after_error(job, error, rules.retry, jitter=random.random(), dead=lambda reason: writes_when_dead(job, reason))

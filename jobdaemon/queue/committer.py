@@ -12,7 +12,7 @@ import asyncio
 
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.outcome import End, Transition, Verdict
-from jobdaemon.errors import DatabaseUnavailableError
+from jobdaemon.errors import DatabaseUnavailableError, RetryableError
 from jobdaemon.events import CommitFailed, DatabaseBack, DatabaseLost, Events, OrderSettled
 from jobdaemon.queue.store import OrderChange, PostgresJobStore
 
@@ -48,11 +48,22 @@ class Committer:
                 await self._work.wait()
                 self._work.clear()
                 while self._waiting:
-                    group, self._waiting = self._waiting[:MAX_GROUP], self._waiting[MAX_GROUP:]
-                    await self._commit_group(group)
+                    await self._commit_group(self._take_group())
         finally:
             if self._telling is not None:
                 self._telling.cancel()
+
+    def _take_group(self) -> list[tuple[Transition, asyncio.Future[Verdict]]]:
+        """The oldest that wait, one per job: an attempt cut short during a checkpoint, or rescued meanwhile, has two."""
+        group: list[tuple[Transition, asyncio.Future[Verdict]]] = []
+        rest: list[tuple[Transition, asyncio.Future[Verdict]]] = []
+        jobs: set[int] = set()
+        for member in self._waiting:
+            job_id = member[0].job.id
+            (rest if job_id in jobs or len(group) >= MAX_GROUP else group).append(member)
+            jobs.add(job_id)
+        self._waiting = rest
+        return group
 
     async def _commit_group(self, group: list[tuple[Transition, asyncio.Future[Verdict]]]) -> None:
         try:
@@ -91,11 +102,12 @@ class Committer:
     async def _give_up_on(self, transition: Transition, future: asyncio.Future[Verdict], error: Exception) -> None:
         """The database refuses what this attempt wants to write: that is the attempt's own failure."""
         job = transition.job
-        reason = f"the result could not be recorded: {error}"
+        # The first line alone: the details quote the row, and with it a signed URL.
+        reason = f"the result could not be recorded: {(str(error).splitlines() or [type(error).__name__])[0]}"
         self._events.emit(CommitFailed(job_id=job.id, error=reason))
         if transition.end is End.CHECKPOINT:
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(RetryableError(reason))
             return
         verdict = Verdict.LEASE_LOST
         for writes in (writes_when_dead(job, reason), ()):
@@ -104,7 +116,7 @@ class Committer:
                 [verdict] = await self._commit_surely([failed])
                 break
             except Exception as again:
-                self._events.emit(CommitFailed(job_id=job.id, error=str(again)))
+                self._events.emit(CommitFailed(job_id=job.id, error=(str(again).splitlines() or [""])[0]))
         if not future.done():
             future.set_result(verdict)
 
@@ -124,7 +136,7 @@ class Committer:
             await asyncio.sleep(0.1)
             order_ids = set(self._untold)
             try:
-                await self._store.tell_orders(order_ids)
+                too_early = await self._store.tell_orders(order_ids)
             except DatabaseUnavailableError:
                 continue
-            self._untold -= order_ids
+            self._untold -= order_ids - too_early

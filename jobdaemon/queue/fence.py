@@ -73,7 +73,9 @@ def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool)
     if held.status != JobStatus.DOING:
         # Only the holder of the token can have ended the job and left the token in place: our earlier try did commit.
         return Ruling(Verdict.LEASE_LOST if end is End.CHECKPOINT else Verdict.ACCEPTED, job)
-    if order_has_ended and not job.outlives_its_order:
+    # The upload of its last image may end an order before the generate attempt that made it has ended: that attempt succeeded.
+    has_nothing_to_drop = end is End.SUCCEEDED and not transition.writes and not held.abort_requested
+    if order_has_ended and not job.outlives_its_order and not has_nothing_to_drop:
         if end is End.CHECKPOINT:
             return Ruling(Verdict.ORDER_ENDED, job)
         return _end(transition, JobStatus.ABORTED, Verdict.ORDER_ENDED, "cancelled", writes=False)

@@ -18,7 +18,7 @@ import asyncpg
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import Artifact
-from jobdaemon.domain.job import Job
+from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.errors import LeaseLostError
@@ -27,6 +27,8 @@ from jobdaemon.queue import fence, sql, writes
 
 #: A job became ready in the queue that is the payload; one will be due later; an operator changed the queue.
 READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL = CHANNELS = ("jobdaemon_jobs", "jobdaemon_scheduled", "jobdaemon_control")
+
+_FINAL = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.ABORTED}
 
 _JOBS = sql.load("jobs.sql")
 _ORDERS = sql.load("orders.sql")
@@ -180,10 +182,20 @@ class PostgresJobStore:
         next_due_s = record["next_due_s"]
         return record["promoted"], None if next_due_s is None else timedelta(seconds=max(next_due_s, 0.0))
 
-    async def lapsed_jobs(self, lease: timedelta, *, limit: int = 500) -> list[tuple[Job, int | None]]:
-        """Running jobs whose worker is gone or silent for longer than *lease*, and that worker's id."""
+    async def lost_jobs(
+        self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500
+    ) -> list[tuple[Job, int | None]]:
+        """
+        Running jobs that nobody runs, and the id of the worker each belongs to.
+
+        Args:
+            running: jobs this daemon knows that it runs; a job of its own that is missing here was claimed in vain, because the
+                answer to the claim was lost.
+            lease: a worker that was silent for longer has lost its jobs; None leaves other workers alone.
+        """
+        lease_s = None if lease is None else lease.total_seconds()
         async with self._upkeep.use() as connection:
-            records = await connection.fetch(_JOBS["lapsed_jobs"], lease.total_seconds(), limit)
+            records = await connection.fetch(_JOBS["lost_jobs"], lease_s, limit, daemon_id, list(running))
         return [(_job(record, record["queue_name"]), record["worker_id"]) for record in records]
 
     # Committing
@@ -216,6 +228,8 @@ class PostgresJobStore:
                 for transition in transitions
             ]
             changed = await self._apply_writes(connection, [ruling.commit for ruling in rulings if ruling.commit])
+            # Every end may be the last thing its order waited for, even one that had nothing to write.
+            changed |= {ruling.job.order_id for ruling in rulings if ruling.status in _FINAL and ruling.job.order_id is not None}
             await self._end_jobs(connection, [ruling for ruling in rulings if ruling.status is not None], daemon_id)
             changes = await self._settle(connection, changed)
         return Committed([ruling.verdict for ruling in rulings], changes)
@@ -261,9 +275,10 @@ class PostgresJobStore:
         return changes
 
     async def tell_orders(self, order_ids: Iterable[int]) -> set[int]:
-        """Tell listeners about orders whose change came too soon after the last one; returns those told now."""
+        """Tell listeners about orders whose change came too soon after the last one; returns those still too early."""
         async with self._finishes.use() as connection:
-            return {record["id"] for record in await connection.fetch(_ORDERS["tell_orders"], sorted(order_ids))}
+            records = await connection.fetch(_ORDERS["tell_orders"], sorted(order_ids))
+        return {record["id"] for record in records if not record["told"]}
 
     # Reading for the stages
 

@@ -114,6 +114,7 @@ class Supervisor:
             events,
             poll=engine.poll,
             lease=engine.lease,
+            daemon_id=lambda: self.daemon_id,
             may_rescue=self._heartbeat.may_rescue,
         )
 

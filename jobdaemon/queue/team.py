@@ -49,7 +49,7 @@ class Team:
         self._wake = asyncio.Event()
         self._wake.set()
         self._claiming: asyncio.Future[None] | None = None
-        self._attempts: set[asyncio.Task[None]] = set()
+        self._attempts: dict[asyncio.Task[None], int] = {}
         #: When the loop last went round, by the event loop's clock; for the watchdog.
         self.last_turn_s = 0.0
 
@@ -58,14 +58,20 @@ class Team:
         """How many attempts run now."""
         return len(self._attempts)
 
+    @property
+    def running_jobs(self) -> list[int]:
+        """Their jobs' ids."""
+        return list(self._attempts.values())
+
     def wake(self) -> None:
         """Look for ready jobs: one was announced, or a slot is free."""
         self._wake.set()
 
     def steer(self, *, is_paused: bool, size: int | None) -> None:
         """Follow what operators set; a smaller team lets the surplus run out."""
-        self._is_paused, self._operators_size = is_paused, size
-        self.wake()
+        if (is_paused, size) != (self._is_paused, self._operators_size):
+            self._is_paused, self._operators_size = is_paused, size
+            self.wake()
 
     def configure(self, size: int) -> None:
         """Follow this daemon's settings; what operators set wins."""
@@ -112,11 +118,11 @@ class Team:
 
     def _start(self, job: Job) -> None:
         task = asyncio.get_running_loop().create_task(self._runner.run(job, self._rules), name=f"job {job.id}")
-        self._attempts.add(task)
+        self._attempts[task] = job.id
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._attempts.discard(task)
+        self._attempts.pop(task, None)
         self.wake()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._events.emit(UpkeepFailed(error=f"attempt in {self.queue}: {type(error).__name__}: {error}"))

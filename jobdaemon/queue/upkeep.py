@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.job import Job
-from jobdaemon.domain.outcome import Transition, Verdict
+from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import after_death
 from jobdaemon.errors import DatabaseUnavailableError
 from jobdaemon.events import Events, JobsRescued, UpkeepFailed
@@ -22,6 +22,7 @@ from jobdaemon.queue.team import Team
 
 #: The share by which a round may come earlier, so that daemons started together drift apart.
 _JITTER = 0.2
+_PROMOTE_LIMIT = 1000
 #: Timers ring a little early; asking again too soon would find the job still not due.
 _TIMER_SLACK_S = 0.002
 
@@ -38,15 +39,24 @@ class Upkeep:
         *,
         poll: timedelta,
         lease: timedelta,
+        daemon_id: Callable[[], int],
         may_rescue: Callable[[], bool],
     ) -> None:
+        """
+        Args:
+            daemon_id: this daemon's, at the moment.
+            may_rescue: whether this daemon may judge others by their silence.
+        """
         self._store = store
         self._teams = teams
         self._committer = committer
         self._events = events
         self._poll_s = poll.total_seconds()
         self._lease = lease
+        self._daemon_id = daemon_id
         self._may_rescue = may_rescue
+        #: Jobs (id, token) that are ours by the last look though no attempt of ours runs them.
+        self._strays: set[tuple[int, int | None]] = set()
         self._now = asyncio.Event()
         self._next_due_s: float | None = None
         self._queues_changed = False
@@ -92,12 +102,14 @@ class Upkeep:
 
     async def _round(self, is_poll: bool) -> None:
         self._next_due_s = None
-        _, next_due = await self._store.promote()
+        promoted, next_due = await self._store.promote(_PROMOTE_LIMIT)
         self._next_due_s = None if next_due is None else next_due.total_seconds()
+        if promoted >= _PROMOTE_LIMIT:
+            self._now.set()  # more may be due
         if is_poll or self._queues_changed:
             self._queues_changed = False
             await self._follow_queues()
-        if is_poll and self._may_rescue():
+        if is_poll:
             await self._rescue()
 
     async def _follow_queues(self) -> None:
@@ -108,15 +120,28 @@ class Upkeep:
                 team.wake()
 
     async def _rescue(self) -> None:
-        lapsed = await self._store.lapsed_jobs(self._lease)
-        verdicts = await asyncio.gather(*(self._committer.commit(_rescued(job)) for job, _ in lapsed))
-        rescued_by_daemon: dict[int | None, int] = {}
-        for (_, daemon_id), verdict in zip(lapsed, verdicts, strict=True):
+        daemon_id = self._daemon_id()
+        running = [job_id for team in self._teams.values() for job_id in team.running_jobs]
+        lost = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
+        await self._commit_ends([(_rescued(job), owner) for job, owner in lost if owner != daemon_id])
+        # Seen twice, it is no claim whose answer is still on its way.
+        strays = {(job.id, job.token): job for job, owner in lost if owner == daemon_id}
+        await self._commit_ends([(_stray(job), daemon_id) for key, job in strays.items() if key in self._strays])
+        self._strays = set(strays)
+
+    async def _commit_ends(self, ends: list[tuple[Transition, int | None]]) -> None:
+        verdicts = await asyncio.gather(*(self._committer.commit(transition) for transition, _ in ends))
+        count_by_daemon: dict[int | None, int] = {}
+        for (_, daemon_id), verdict in zip(ends, verdicts, strict=True):
             if verdict is not Verdict.LEASE_LOST:
-                rescued_by_daemon[daemon_id] = rescued_by_daemon.get(daemon_id, 0) + 1
-        for daemon_id, count in rescued_by_daemon.items():
+                count_by_daemon[daemon_id] = count_by_daemon.get(daemon_id, 0) + 1
+        for daemon_id, count in count_by_daemon.items():
             self._events.emit(JobsRescued(count=count, daemon_id=daemon_id or ""))
 
 
 def _rescued(job: Job) -> Transition:
     return after_death(job, dead=lambda reason: writes_when_dead(job, reason))
+
+
+def _stray(job: Job) -> Transition:
+    return Transition(job, End.HANDED_BACK, error="the answer to the claim was lost")

@@ -59,7 +59,7 @@ def row(write: Write) -> dict[str, Any]:
                 "order_id": write.order_id,
                 "index": write.index,
                 "provider": write.provider,
-                "locator": storable(write.locator),
+                "locator": cleaned(write.locator),
                 "expires_at": expires_at,
             }
         case ImageStored():
@@ -116,7 +116,12 @@ def attempt_row(ruling: Ruling, daemon_id: int | None) -> dict[str, Any]:
     }
 
 
+def cleaned(text: str) -> str:
+    """*text* as Postgres can hold it: no NUL, no lone surrogate."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
+
+
 def storable(text: str) -> str:
-    """*text* as Postgres can hold it: no NUL, no lone surrogate, of bounded length."""
-    cleaned = text.replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
-    return cleaned if len(cleaned) <= MAX_ERROR_CHARS else cleaned[: MAX_ERROR_CHARS - 1] + "…"
+    """:func:`cleaned` and of bounded length: for sentences, never for a locator, whose every byte counts."""
+    text = cleaned(text)
+    return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"

@@ -45,16 +45,21 @@ SELECT q.name, q.paused, q.team_size, EXISTS (SELECT FROM jobdaemon.procrastinat
 FROM jobdaemon.queues q WHERE q.name = ANY ($1::text[]);
 
 -- name: promote
--- Lets due jobs in; says how many and in how many seconds the next one falls due.
-SELECT promoted, extract(epoch FROM next_due - clock_timestamp())::float8 AS next_due_s FROM jobdaemon.promote_jobs($1);
+-- Lets due jobs in; says how many and in how many seconds the next one falls due, if that is within a day ('infinity' is legal).
+SELECT promoted, CASE WHEN next_due < clock_timestamp() + interval '1 day'
+    THEN extract(epoch FROM next_due - clock_timestamp())::float8 END AS next_due_s
+FROM jobdaemon.promote_jobs($1);
 
--- name: lapsed_jobs
--- Running jobs of our queues whose worker is gone or silent for longer than the lease ($1, seconds). No lock: the fence decides.
+-- name: lost_jobs
+-- Running jobs whose worker is gone or silent for longer than the lease ($1, seconds; NULL: not asked), and those of worker $3
+-- that are not among those it knows to run ($4). No lock: the fence decides.
 SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.worker_id
 FROM jobdaemon.procrastinate_jobs j
 LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
 WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
-    AND (w.id IS NULL OR w.last_heartbeat < clock_timestamp() - $1 * interval '1 second')
+    AND (w.id IS NULL AND $1::float8 IS NOT NULL OR w.last_heartbeat < clock_timestamp() - $1 * interval '1 second'
+        OR j.worker_id = $3)
+    AND NOT (j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true))
 ORDER BY j.id LIMIT $2;
 
 -- name: lock_orders

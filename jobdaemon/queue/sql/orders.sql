@@ -109,15 +109,23 @@ UPDATE jobdaemon.images SET locator = NULL, locator_expires_at = NULL
 WHERE order_id = ANY ($1::bigint[]) AND locator LIKE 'http%';
 
 -- name: tell_orders
--- The latest state of orders whose change came too soon after the last one to be told; returns those still too early.
-WITH told AS (
-    UPDATE jobdaemon.orders o SET notified_at = now()
-    WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL AND o.notified_at <= now() - interval '100 milliseconds'
+-- The latest state of open orders whose change came too soon after the last one to be told; told = false says that it still is.
+WITH free AS (
+    -- Whoever holds an order is changing it and has its own news to tell: waiting here could deadlock with a group of commits.
+    SELECT o.id FROM jobdaemon.orders o
+    WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL
+        AND coalesce(o.notified_at, '-infinity') <= now() - interval '100 milliseconds'
+    ORDER BY o.id FOR UPDATE SKIP LOCKED
+), told AS (
+    UPDATE jobdaemon.orders o SET notified_at = now() FROM free f WHERE o.id = f.id
     RETURNING o.id, o.status, o.images_stored, o.images_failed, o.images_total
 )
-SELECT t.id, pg_notify('jobdaemon_orders', json_build_object('order_id', t.id, 'status', t.status,
+SELECT t.id, true AS told, pg_notify('jobdaemon_orders', json_build_object('order_id', t.id, 'status', t.status,
     'stored', t.images_stored, 'failed', t.images_failed, 'total', t.images_total)::text) AS notified
-FROM told t;
+FROM told t
+UNION ALL
+SELECT o.id, false, NULL FROM jobdaemon.orders o
+WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL AND o.id NOT IN (SELECT t.id FROM told t);
 
 -- name: load_order
 -- What a stage needs to know of an order.

@@ -3,8 +3,15 @@
 -- Figures: statement-level triggers, fewer indexes and no foreign key on events took a drain of no-op jobs from 15,800 to
 -- 24,900 jobs/s (PostgreSQL 15, 2 cores).
 
-ALTER TABLE procrastinate_jobs ADD COLUMN IF NOT EXISTS token bigint;
-ALTER TABLE procrastinate_jobs ADD COLUMN IF NOT EXISTS deaths smallint;
+-- ADD COLUMN IF NOT EXISTS alone would lock the table even where the column is there.
+DO $$
+BEGIN
+    IF (SELECT count(*) FROM pg_attribute a WHERE a.attrelid = 'procrastinate_jobs'::regclass
+            AND a.attname IN ('token', 'deaths') AND NOT a.attisdropped) < 2 THEN
+        ALTER TABLE procrastinate_jobs ADD COLUMN IF NOT EXISTS token bigint, ADD COLUMN IF NOT EXISTS deaths smallint;
+    END IF;
+END;
+$$;
 
 -- Events and wake-ups once per statement. The transition tables cannot be joined without a pinned plan: their plan is made at
 -- the first, small call and would stay a nested loop.

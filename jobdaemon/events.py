@@ -1,0 +1,233 @@
+"""
+What happened, as typed values, and the dispatcher that tells whoever listens (logs, metrics, tests).
+
+Whoever emits says what happened and nothing about how it is shown; docs/configure.md has the table of events, and a test
+holds it equal to this module. An emitter is never hurt by a listener.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+_log = logging.getLogger(__name__)
+
+Outcome = Literal["succeeded", "retry", "snooze", "handed_back", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of every event. Texts are for people and hold no secret; times in seconds are monotonic differences."""
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStarted(Event):
+    """The process runs and begins to connect. *queues*: queue -> team size."""
+
+    daemon_id: int | str
+    queues: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonReady(Event):
+    """The daemon is registered, listens and claims."""
+
+    daemon_id: int | str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStopping(Event):
+    """No more claims from now on; *reason* is a signal's name or a sentence."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStopped(Event):
+    """Everything is finished or handed back; *handed_back* jobs were cut short, *seconds* it took."""
+
+    handed_back: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsReloaded(Event):
+    """SIGHUP was obeyed; *error* says why it was not."""
+
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobStarted(Event):
+    """An attempt, counted from 1, began."""
+
+    job_id: int
+    queue: str
+    task: str
+    attempt: int
+    order_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFinished(Event):
+    """An attempt's end is committed. *seconds* it ran; *error* when it did not succeed."""
+
+    job_id: int
+    queue: str
+    outcome: Outcome
+    seconds: float
+    error: str | None = None
+    order_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCommitted(Event):
+    """A running attempt noted *what* it must not do twice (a provider's task, an image that arrived)."""
+
+    job_id: int
+    what: str = ""
+    order_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLost(Event):
+    """The attempt's token no longer holds; its result is dropped."""
+
+    job_id: int
+    queue: str = ""
+    order_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobsRescued(Event):
+    """*count* jobs were taken from *daemon_id*, whose heartbeat had stopped."""
+
+    count: int
+    daemon_id: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderSettled(Event):
+    """An order reached its final status: completed, partial, failed or cancelled."""
+
+    order_id: int
+    status: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseLost(Event):
+    """Postgres stopped answering; said once per outage."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseBack(Event):
+    """Postgres answers again after *seconds*."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpkeepFailed(Event):
+    """A chore (promote, lift, rescue, retention, reconcile) failed and will be tried again."""
+
+    error: str
+    chore: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitFailed(Event):
+    """*jobs* ends could not be committed; they are kept and tried again, unless *is_dropped*."""
+
+    error: str
+    jobs: int = 1
+    job_id: int | None = None
+    is_dropped: bool = False
+
+
+E = TypeVar("E", bound=Event)
+Callback = Callable[[Event], None]
+
+
+class Events:
+    """
+    Tells every subscriber about every event, in the order of subscription, at once, in the emitter's thread.
+
+    Emitters and waiters share one event loop; subscribers are short and do not block.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: list[tuple[Callback]] = []
+
+    def subscribe(self, callback: Callback) -> Callable[[], None]:
+        """Call *callback* with every event from now on; returns what ends it (calling that again does nothing)."""
+        # Replaced, never changed in place: a callback may subscribe or end subscriptions while an event is told.
+        entry = (callback,)
+        self._callbacks = [*self._callbacks, entry]
+
+        def unsubscribe() -> None:
+            self._callbacks = [other for other in self._callbacks if other is not entry]
+
+        return unsubscribe
+
+    def emit(self, event: Event) -> None:
+        """Tell the subscribers. Never raises: a subscriber that fails is logged, and the others are still told."""
+        for (callback,) in self._callbacks:
+            try:
+                callback(event)
+            except Exception:  # noqa: BLE001 - a listener's fault must not fail the job that is being told about
+                _log.exception("a subscriber failed on %s", type(event).__name__)
+
+    async def wait_for(
+        self,
+        kind: type[E],
+        predicate: Callable[[E], bool] | None = None,
+        timeout: float | None = 10.0,  # noqa: ASYNC109 - an argument, so that the error can name what did not come
+    ) -> E:
+        """
+        Wait for the next event of a kind; what happened before does not count.
+
+        Whoever causes the event before waiting for it uses :meth:`expect` first, so as not to miss it.
+
+        Args:
+            kind: class of the event.
+            predicate: which events of that kind count; all, when None.
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            TimeoutError: naming *kind*.
+        """
+        return await self.expect(kind, predicate).wait(timeout)
+
+    def expect(self, kind: type[E], predicate: Callable[[E], bool] | None = None) -> Expectation[E]:
+        """Note the next event of a kind from this moment on, to be awaited later in the same event loop."""
+        return Expectation(self, kind, predicate)
+
+
+class Expectation(Generic[E]):
+    """One event to come; made by :meth:`Events.expect`."""
+
+    def __init__(self, events: Events, kind: type[E], predicate: Callable[[E], bool] | None) -> None:
+        self._kind = kind
+        self._predicate = predicate
+        self._event: asyncio.Future[E] = asyncio.get_running_loop().create_future()
+        self._unsubscribe = events.subscribe(self._note)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, self._kind) and not self._event.done() and (self._predicate is None or self._predicate(event)):
+            self._event.set_result(event)
+            self._unsubscribe()
+
+    async def wait(self, timeout: float | None = 10.0) -> E:  # noqa: ASYNC109 - as in wait_for
+        """The event, when it has happened; *timeout* in seconds. Raises TimeoutError, naming the kind of event."""
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._event), timeout)
+        except TimeoutError:
+            raise TimeoutError(f"no {self._kind.__name__} within {timeout} s") from None
+        finally:
+            self._unsubscribe()

@@ -1,0 +1,247 @@
+"""
+The main job in the foreground: photos in, a folder of finished images for each out.
+
+Works through the same door as everybody else: each photo becomes an order under a key made of the photo's digest, plan, prompts
+and folder, so the same call after an interruption finds the same orders and finishes what is missing. Images are fetched from
+the artifact store as they are stored, whichever daemon made them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jobdaemon.delivery import Delivery, FolderNames
+from jobdaemon.domain.artifact import source_key
+from jobdaemon.domain.order import ENDED_STATUSES, NewOrder, derive_key
+from jobdaemon.errors import JobdaemonError, RefusedError, UnsupportedImageError
+from jobdaemon.ports import ArtifactStore, ImageFacts
+from jobdaemon.watch import OrderDesk
+
+QUEUE_FULL = ("JD002", "JD003")
+CUSTOMER = "process"
+_POLL = timedelta(seconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """
+    What one call of ``process`` asks for, for every photo.
+
+    Attributes:
+        photos: files; one that is missing or bad is reported and stops no other.
+        out: an existing folder that can be written.
+        prompts: None for the plan's own.
+        images: None for as many as the plan gives.
+    """
+
+    photos: Sequence[Path]
+    out: Path
+    plan: str
+    prompts: tuple[str, ...] | None = None
+    images: int | None = None
+
+
+@dataclass(slots=True)
+class PhotoRun:
+    """
+    How far one photo is.
+
+    Attributes:
+        status: waiting, refused, or its order's status.
+        error: why it was refused, or what went wrong with its order.
+        row: its order's row of ``order_progress``.
+        delivered: indexes of the images that lie in the folder.
+    """
+
+    photo: Path
+    status: str = "waiting"
+    error: str | None = None
+    order_id: int | None = None
+    sha256: str = ""
+    delivery: Delivery | None = None
+    row: dict[str, Any] = field(default_factory=dict)
+    images: list[dict[str, Any]] = field(default_factory=list)
+    delivered: set[int] = field(default_factory=set)
+    is_finished: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """What ``--json`` and ``order.json`` say of it."""
+        shown = [{key: value for key, value in image.items() if key != "media_type"} for image in self.images]
+        folder = None if self.delivery is None else str(self.delivery.folder)
+        row = {key: value for key, value in self.row.items() if key != "error"}
+        return row | {
+            "status": self.status,
+            "error": self.error,
+            "photo": str(self.photo),
+            "photo_sha256": self.sha256,
+            "folder": folder,
+            "images": shown,
+        }
+
+
+class ForegroundRun:
+    """One call of ``process``; a daemon has to be at work somewhere."""
+
+    def __init__(
+        self,
+        wish: Wish,
+        *,
+        desk: OrderDesk,
+        artifacts: ArtifactStore,
+        inspect: Callable[[bytes], ImageFacts],
+        max_photo_bytes: int,
+        max_image_bytes: int,
+        on_progress: Callable[[Sequence[PhotoRun]], None],
+        on_finished: Callable[[PhotoRun], None],
+    ) -> None:
+        """
+        Args:
+            inspect: decodes a photo; raises UnsupportedImageError. Runs in a thread.
+            on_progress: told whenever something changed.
+            on_finished: told once per photo, when nothing more will happen to it.
+        """
+        self._wish = wish
+        self._desk = desk
+        self._artifacts = artifacts
+        self._inspect = inspect
+        self._max_photo_bytes = max_photo_bytes
+        self._max_image_bytes = max_image_bytes
+        self._on_progress = on_progress
+        self._on_finished = on_finished
+        self._names = FolderNames(wish.out)
+        self.runs = [PhotoRun(photo) for photo in wish.photos]
+
+    async def run(self) -> None:
+        """
+        Bring every photo to its end.
+
+        Raises:
+            RefusedError: the plan or the prompts are refused, which concerns every photo.
+            DatabaseUnavailableError: the database went away.
+        """
+        waiting = list(self.runs)
+        while waiting or any(not run.is_finished for run in self.runs):
+            # The door may be full; then the rest waits until one of ours has gone through.
+            while waiting and await self._begin(waiting[0]):
+                waiting.pop(0)
+                self._on_progress(self.runs)
+            await self._follow()
+            self._on_progress(self.runs)
+            if any(not run.is_finished for run in self.runs):
+                await self._desk.changed(at_most=_POLL)
+
+    async def _begin(self, run: PhotoRun) -> bool:
+        """Enqueue one photo; False when the queue is full and it has to wait for orders of ours to end."""
+        try:
+            if run.delivery is None:
+                await self._store_photo(run)
+            order = await self._desk.enqueue(self._order(run))
+            run.order_id = order.order_id
+            if not order.created:
+                await self._resume(run)
+        except RefusedError as error:
+            if error.sqlstate in QUEUE_FULL:
+                if any(other.order_id is not None and not other.is_finished for other in self.runs):
+                    return False
+                self._refuse(run, error)
+                return True
+            raise
+        except (UnsupportedImageError, OSError) as error:
+            self._refuse(run, error)
+        return True
+
+    async def _store_photo(self, run: PhotoRun) -> None:
+        content = await asyncio.to_thread(self._read, run.photo)
+        run.sha256 = hashlib.sha256(content).hexdigest()
+        facts = await asyncio.to_thread(self._inspect, content)
+        await self._artifacts.put(source_key(run.sha256), content, facts.media_type)
+        run.delivery = Delivery(self._names.folder(run.photo, run.sha256))
+
+    def _read(self, photo: Path) -> bytes:
+        if not photo.exists():
+            raise UnsupportedImageError("there is no such file")
+        if not photo.is_file():
+            raise UnsupportedImageError("this is not a file")
+        with photo.open("rb") as file:
+            content = file.read(self._max_photo_bytes + 1)
+        if len(content) > self._max_photo_bytes:
+            raise UnsupportedImageError(f"the file is larger than {self._max_photo_bytes / 1e6:g} MB")
+        return content
+
+    def _order(self, run: PhotoRun) -> NewOrder:
+        assert run.delivery is not None
+        wish = self._wish
+        return NewOrder(
+            plan=wish.plan,
+            source=f"artifact:{source_key(run.sha256)}",
+            customer=CUSTOMER,
+            key=derive_key(
+                run.sha256, wish.plan, (*(wish.prompts or ()), str(wish.images or "")), str(run.delivery.folder.absolute())
+            ),
+            prompts=wish.prompts,
+            images=wish.images,
+        )
+
+    async def _resume(self, run: PhotoRun) -> None:
+        """An earlier call made this order: what had failed then gets new attempts now."""
+        assert run.order_id is not None
+        row = (await self._desk.progress([run.order_id]))[run.order_id]
+        if row["status"] in ("failed", "partial"):
+            await self._desk.redrive(run.order_id)
+
+    def _refuse(self, run: PhotoRun, error: Exception) -> None:
+        text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        run.status, run.error = "refused", text
+        self._finish(run)
+
+    def _finish(self, run: PhotoRun) -> None:
+        run.is_finished = True
+        self._on_finished(run)
+
+    async def _follow(self) -> None:
+        open_runs = {run.order_id: run for run in self.runs if run.order_id is not None and not run.is_finished}
+        progress = await self._desk.progress(open_runs)
+        for order_id, row in progress.items():
+            run = open_runs[order_id]
+            has_news = row["images_stored"] > len(run.delivered) or row["status"] in ENDED_STATUSES
+            run.row, run.status, run.error = row, row["status"], row["error"]
+            if has_news:
+                await self._deliver(run)
+            if row["status"] in ENDED_STATUSES:
+                await self._conclude(run)
+
+    async def _deliver(self, run: PhotoRun) -> None:
+        assert run.order_id is not None
+        assert run.delivery is not None
+        run.images = await self._desk.images(run.order_id)
+        for image in run.images:
+            if image["status"] != "stored" or image["index"] in run.delivered:
+                continue
+            index, media_type, sha256 = image["index"], image["media_type"], image["sha256"]
+            if not await asyncio.to_thread(run.delivery.has, index, media_type, sha256):
+                try:
+                    content = await self._artifacts.get(image["object_key"], max_bytes=self._max_image_bytes)
+                    await asyncio.to_thread(run.delivery.write_image, index, media_type, content)
+                except (JobdaemonError, OSError) as error:
+                    run.error = f"image {index} could not be brought to {run.delivery.folder}: {error}"
+                    continue
+            run.delivered.add(index)
+            self._on_progress(self.runs)
+
+    async def _conclude(self, run: PhotoRun) -> None:
+        assert run.delivery is not None
+        title = f"{run.photo.name} · {run.row['plan']} · {len(run.delivered)} of {run.row['images_total']} images"
+        try:
+            await asyncio.to_thread(run.delivery.write_contact_sheet, run.images, title)
+            await asyncio.to_thread(run.delivery.write_order, run.document())
+        except OSError as error:
+            run.error = run.error or f"{run.delivery.folder} cannot be written: {error.strerror}"
+        if run.status == "completed" and len(run.delivered) < run.row["images_total"]:
+            run.status = "undelivered"
+        self._finish(run)

@@ -1,0 +1,115 @@
+"""Plans that must not be spoiled: with a hundred thousand rows beside and behind, the hot statements touch a handful of pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from tests.factories import Sql
+
+MANY = 100_000
+
+
+@pytest.fixture(scope="module")
+def crowded(postgres: Any, engine_template: str) -> Iterator[Sql]:
+    """100,000 ready jobs in another queue, as many scheduled in the same, and 10,000 orders with jobs."""
+    name = postgres.create_database(template=engine_template)
+    with psycopg.connect(postgres.url(name), autocommit=True, row_factory=dict_row) as connection:
+        connection.execute("ALTER TABLE jobdaemon.procrastinate_jobs DISABLE TRIGGER USER")
+        for queue, when, args in (
+            ("beautify", "NULL", "'{}'"),
+            ("upload", "now() + (n + 3600) * interval '1 second'", "'{}'"),
+            ("generate.local", "NULL", "jsonb_build_object('order_id', n / 10)"),
+        ):
+            connection.execute(
+                f"INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, priority, scheduled_at, args)"
+                f" SELECT '{queue}', 'jobdaemon.x', n % 3 * 100, {when}, {args} FROM generate_series(1, {MANY}) AS n".encode()
+            )
+        connection.execute("ALTER TABLE jobdaemon.procrastinate_jobs ENABLE TRIGGER USER")
+        connection.execute(
+            "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name) SELECT 'upload', 'jobdaemon.x' FROM generate_series(1, 500)"
+        )
+        # dead letters enough that the index of failed jobs alone would be a long way round
+        connection.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'failed' WHERE queue_name = 'generate.local' AND id % 5 = 0")
+        connection.execute("VACUUM ANALYZE jobdaemon.procrastinate_jobs")
+        yield connection
+    postgres.drop_database(name)
+
+
+def _explain(sql: Sql, statement: str) -> tuple[str, int]:
+    """The plan as text, and the shared buffers it touched."""
+    row = sql.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}".encode()).fetchone()
+    assert row is not None
+    [document] = row["QUERY PLAN"]
+    plan = document["Plan"]
+    return json.dumps(plan), plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+
+
+CANDIDATES = """
+    SELECT j.id, j.priority, j.lock FROM jobdaemon.procrastinate_jobs j
+    WHERE j.queue_name = 'upload' AND j.status = 'todo' AND j.scheduled_at IS NULL
+        AND (j.lock IS NULL OR NOT EXISTS (
+            SELECT FROM jobdaemon.procrastinate_jobs d WHERE d.lock = j.lock AND d.status = 'doing'))
+    ORDER BY j.priority DESC, j.id LIMIT 5"""
+
+
+def test_claim_reads_its_own_index_in_order(crowded: Sql) -> None:
+    """The claim's candidates come from jobs_ready_idx, without a sort, whatever else is in the table."""
+    with crowded.transaction(force_rollback=True):
+        plan, buffers = _explain(crowded, CANDIDATES + " FOR UPDATE OF j SKIP LOCKED")
+    assert "jobs_ready_idx" in plan
+    assert '"Sort"' not in plan
+    assert buffers < 40
+
+
+def test_running_jobs_are_counted_from_their_index(crowded: Sql) -> None:
+    """The count behind a cluster limit reads jobs_running_idx only."""
+    plan, buffers = _explain(
+        crowded, "SELECT count(*) FROM jobdaemon.procrastinate_jobs j WHERE j.queue_name = 'upload' AND j.status = 'doing'"
+    )
+    assert "jobs_running_idx" in plan
+    assert buffers < 20
+
+
+def test_claims_stay_cheap(crowded: Sql) -> None:
+    """Over 200 claims of the function itself none touches more than a few hundred pages."""
+    touched: list[int] = []
+    with crowded.transaction(force_rollback=True):
+        row = crowded.execute("SELECT * FROM jobdaemon.procrastinate_register_worker_v1()").fetchone()
+        assert row is not None
+        [worker] = row.values()
+        for _ in range(200):
+            touched.append(_explain(crowded, f"SELECT * FROM jobdaemon.claim_jobs('upload', {worker}, 1)")[1])
+    touched.sort()
+    assert touched[197] < 400, touched[-10:]
+    assert touched[-1] < 2000, touched[-10:]
+
+
+def test_promote_walks_the_due_times(crowded: Sql) -> None:
+    """Nothing due costs a few pages, not a walk over what is scheduled."""
+    _, buffers = _explain(crowded, "SELECT * FROM jobdaemon.promote_jobs(10)")
+    assert buffers < 100
+    plan, buffers = _explain(
+        crowded,
+        "SELECT j.scheduled_at FROM jobdaemon.procrastinate_jobs j JOIN jobdaemon.queues q ON q.name = j.queue_name"
+        " WHERE j.status = 'todo' AND j.scheduled_at IS NOT NULL AND j.scheduled_at > now() ORDER BY j.scheduled_at LIMIT 1",
+    )
+    assert "jobs_scheduled_idx" in plan
+    assert buffers < 20
+
+
+@pytest.mark.parametrize("statuses", ["'todo', 'doing', 'failed'", "'todo', 'doing'", "'failed'"])
+def test_from_an_order_to_its_jobs(crowded: Sql, statuses: str) -> None:
+    """Cancel, redrive and progress find an order's jobs by jobs_order_idx."""
+    plan, buffers = _explain(
+        crowded,
+        "SELECT id FROM jobdaemon.procrastinate_jobs j WHERE (j.args ->> 'order_id')::bigint = 77"
+        f" AND j.task_name LIKE 'jobdaemon.%' AND j.status IN ({statuses})",
+    )
+    assert "jobs_order_idx" in plan
+    assert buffers < 40

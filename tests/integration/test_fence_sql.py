@@ -1,0 +1,191 @@
+"""The fence in the database: what may be committed for a job that was rescued, cancelled, ended or committed before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import asyncpg
+import pytest
+
+from jobdaemon.domain.expand import upload_job
+from jobdaemon.domain.job import Job, Task
+from jobdaemon.domain.outcome import End, Transition, Verdict
+from jobdaemon.domain.write import CallSubmitted, ImageFailed, OrderStarted
+from jobdaemon.queue.store import Committed, PostgresJobStore
+from tests.factories import Claimed, Jobs, Orders, Sql, beautified, generated, stored
+
+ENDS = [End.SUCCEEDED, End.RETRY, End.SNOOZE, End.HANDED_BACK, End.FAILED, End.CHECKPOINT]
+
+
+async def commit(store: PostgresJobStore, *transitions: Transition) -> list[Verdict]:
+    """Commit a group."""
+    return (await store.commit(transitions, daemon_id=None)).verdicts
+
+
+async def _generate_job(claimed: Claimed, images: int = 2) -> Job:
+    job = await claimed.beautify(plan="Free", images=images)
+    assert job.order_id is not None
+    order_id = job.order_id
+    claimed.orders.sql.execute("UPDATE jobdaemon.orders SET started_at = now() WHERE id = %s", [order_id])
+    batch = {"order_id": order_id, "images": list(range(1, images + 1))}
+    from jobdaemon.domain.job import NewJob
+
+    next_job = NewJob("generate.local", Task.GENERATE, 300, batch)
+    await commit(claimed.store, Transition(job, End.SUCCEEDED, writes=(beautified(order_id, next_job),)))
+    [generate] = [job for job in await claimed.claim("generate.local", 100) if job.order_id == order_id]
+    return generate
+
+
+async def _rescue(store: PostgresJobStore, job: Job) -> None:
+    assert await commit(store, Transition(job, End.INTERRUPTED)) == [Verdict.ACCEPTED]
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_nothing_of_a_rescued_and_reclaimed_job(claimed_job_factory: Claimed, sql: Sql, end: End) -> None:
+    """Every end, checkpoint and hand-back of an attempt whose job was rescued and claimed again is refused and writes nothing."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    await _rescue(claimed_job_factory.store, job)
+    [again] = await claimed_job_factory.claim("generate.local")
+    assert again.id == job.id
+    before = (claimed_job_factory.orders.images(job.order_id), claimed_job_factory.orders.jobs(job.order_id))
+    late = generated(job.order_id, 1, upload_job(job.order_id, 1, 1))
+    writes = (late, CallSubmitted(job.order_id, job.id, 1, "local", "task"))
+    assert await commit(claimed_job_factory.store, Transition(job, end, writes=writes)) == [Verdict.LEASE_LOST]
+    assert (claimed_job_factory.orders.images(job.order_id), claimed_job_factory.orders.jobs(job.order_id)) == before
+    assert sql.execute("SELECT * FROM jobdaemon.provider_calls").fetchall() == []
+    assert await commit(claimed_job_factory.store, Transition(again, End.CHECKPOINT, writes=writes)) == [Verdict.ACCEPTED]
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_the_same_transition_sent_twice(claimed_job_factory: Claimed, end: End) -> None:
+    """A commit whose answer was lost may be sent again: it is accepted, and applied once."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    transition = Transition(job, end, writes=(generated(job.order_id, 1, upload_job(job.order_id, 1, 1)),))
+    for _ in range(3):
+        assert await commit(claimed_job_factory.store, transition) == [Verdict.ACCEPTED]
+    uploads = [row for row in claimed_job_factory.orders.jobs(job.order_id) if row["queue_name"] == "upload"]
+    assert len(uploads) == 1
+    [row] = [row for row in claimed_job_factory.orders.jobs(job.order_id) if row["id"] == job.id]
+    assert row["attempts"] == (1 if end in (End.SUCCEEDED, End.RETRY, End.FAILED) else 0)
+    events = claimed_job_factory.orders.sql.execute("SELECT count(*) AS n FROM jobdaemon.attempts").fetchone()
+    assert events is not None
+    assert events["n"] == (0 if end in (End.SUCCEEDED, End.CHECKPOINT) else 1)
+
+
+async def test_call_is_noted_once(claimed_job_factory: Claimed, sql: Sql) -> None:
+    """A provider's task id sent twice is one call; open_call finds it."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    noted = Transition(job, End.CHECKPOINT, writes=(CallSubmitted(job.order_id, job.id, 1, "local", "task-1"),))
+    assert await claimed_job_factory.store.open_call(job.id) is None
+    await commit(claimed_job_factory.store, noted)
+    await commit(claimed_job_factory.store, noted)
+    assert len(sql.execute("SELECT * FROM jobdaemon.provider_calls").fetchall()) == 1
+    assert await claimed_job_factory.store.open_call(job.id) == "task-1"
+
+
+async def test_order_cancelled_while_its_job_runs(claimed_job_factory: Claimed, sql: Sql) -> None:
+    """The running job of a cancelled order ends aborted, whatever it brings, and its writes are dropped."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    sql.execute("SELECT jobdaemon.cancel_order(%s)", [job.order_id])
+    late = (generated(job.order_id, 1, upload_job(job.order_id, 1, 1)),)
+    store = claimed_job_factory.store
+    assert await commit(store, Transition(job, End.CHECKPOINT, writes=late)) == [Verdict.ORDER_ENDED]
+    assert await commit(store, Transition(job, End.SUCCEEDED, writes=late)) == [Verdict.ORDER_ENDED]
+    rows = claimed_job_factory.orders.jobs(job.order_id)
+    assert {row["id"]: row["status"] for row in rows}[job.id] == "aborted"
+    assert [row for row in rows if row["queue_name"] == "upload"] == []
+    assert {image["status"] for image in claimed_job_factory.orders.images(job.order_id)} == {"cancelled"}
+    assert await commit(store, Transition(job, End.SUCCEEDED, writes=late)) == [Verdict.ACCEPTED], "sent again after its end"
+
+
+async def test_generate_attempt_that_outlives_its_order_succeeded(claimed_job_factory: Claimed) -> None:
+    """The upload of its last image may end the order first; the generate attempt that made it still counts as a success."""
+    job = await _generate_job(claimed_job_factory, images=1)
+    assert job.order_id is not None
+    store = claimed_job_factory.store
+    await commit(store, Transition(job, End.CHECKPOINT, writes=(generated(job.order_id, 1, upload_job(job.order_id, 1, 1)),)))
+    [upload] = await claimed_job_factory.claim("upload")
+    await commit(store, Transition(upload, End.SUCCEEDED, writes=(stored(job.order_id, 1),)))
+    assert claimed_job_factory.orders.row(job.order_id)["status"] == "completed"
+    assert await commit(store, Transition(job, End.SUCCEEDED)) == [Verdict.ACCEPTED]
+    assert {row["status"] for row in claimed_job_factory.orders.jobs(job.order_id)} == {"succeeded"}
+
+
+async def test_one_job_aborted_by_stock_means(claimed_job_factory: Claimed, sql: Sql) -> None:
+    """procrastinate's abort of one job ends it where it would run again, and takes its images along."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    sql.execute("SELECT jobdaemon.procrastinate_cancel_job_v1(%s, true, false)", [job.id])
+    assert await commit(claimed_job_factory.store, Transition(job, End.RETRY)) == [Verdict.ACCEPTED]
+    assert claimed_job_factory.orders.row(job.order_id)["status"] == "failed"
+    assert {image["error"] for image in claimed_job_factory.orders.images(job.order_id)} == {"the job was aborted"}
+
+
+async def test_job_deleted_while_it_runs(claimed_job_factory: Claimed, sql: Sql) -> None:
+    """The end of a job whose row an operator deleted is refused, and its group is none the worse."""
+    job = await _generate_job(claimed_job_factory)
+    other = await claimed_job_factory.beautify(plan="Free")
+    assert other.order_id is not None
+    sql.execute("DELETE FROM jobdaemon.procrastinate_jobs WHERE id = %s", [job.id])
+    verdicts = await commit(
+        claimed_job_factory.store,
+        Transition(job, End.SUCCEEDED),
+        Transition(other, End.CHECKPOINT, writes=(OrderStarted(other.order_id),)),
+    )
+    assert verdicts == [Verdict.LEASE_LOST, Verdict.ACCEPTED]
+    assert claimed_job_factory.orders.row(other.order_id)["status"] == "beautifying"
+
+
+async def test_retry_waits_in_the_database(claimed_job_factory: Claimed, job_factory: Jobs) -> None:
+    """A retry spends an attempt and waits by the database's clock; a snooze waits and spends none; a hand-back neither."""
+    expected = {End.RETRY: (1, True), End.SNOOZE: (0, True), End.HANDED_BACK: (0, False), End.INTERRUPTED: (0, False)}
+    for end, (attempts, waits) in expected.items():
+        job_id = job_factory(args={})
+        [job] = await claimed_job_factory.claim("upload")
+        assert job.id == job_id
+        delay = timedelta(hours=1) if waits else None
+        await commit(claimed_job_factory.store, Transition(job, end, delay=delay, error="why", error_kind="E"))
+        row = job_factory.row(job_id)
+        assert (row["status"], row["attempts"], row["scheduled_at"] is not None) == ("todo", attempts, waits)
+        assert row["worker_id"] is None
+        assert row["deaths"] == (1 if end is End.INTERRUPTED else None)
+        job_factory.sql.execute("DELETE FROM jobdaemon.procrastinate_jobs WHERE id = %s", [job_id])
+
+
+async def test_dead_generate_takes_only_what_had_not_arrived(claimed_job_factory: Claimed) -> None:
+    """An image that arrived before its generate job died is still uploaded."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    store = claimed_job_factory.store
+    await commit(store, Transition(job, End.CHECKPOINT, writes=(generated(job.order_id, 2, upload_job(job.order_id, 1, 2)),)))
+    dead = tuple(ImageFailed(job.order_id, index, "no more", was="pending") for index in (1, 2))
+    await commit(store, Transition(job, End.FAILED, writes=dead))
+    assert [image["status"] for image in claimed_job_factory.orders.images(job.order_id)] == ["failed", "generated"]
+    assert claimed_job_factory.orders.row(job.order_id)["status"] == "uploading"
+
+
+async def test_argument_that_cannot_be_sent_is_the_callers_error(store: PostgresJobStore, daemon_id: int) -> None:
+    """A value asyncpg cannot encode is no lost connection: trying again would never end."""
+    with pytest.raises(asyncpg.DataError):
+        await store.commit([Transition(Job(2**70, "upload", "x", 0), End.SUCCEEDED)], daemon_id=None)
+    assert isinstance(await store.commit([], daemon_id=None), Committed)
+
+
+async def test_constraint_error_rolls_the_group_back(claimed_job_factory: Claimed) -> None:
+    """A member the database refuses raises, and nothing of its group is written."""
+    good, bad = await claimed_job_factory.beautify(plan="Free"), await claimed_job_factory.beautify(plan="Free")
+    assert good.order_id is not None
+    assert bad.order_id is not None
+    broken = replace(beautified(bad.order_id), then=(upload_job(bad.order_id, 2**40, 1),))
+    with pytest.raises(asyncpg.PostgresError):
+        await commit(
+            claimed_job_factory.store,
+            Transition(good, End.SUCCEEDED, writes=(beautified(good.order_id),)),
+            Transition(bad, End.SUCCEEDED, writes=(broken,)),
+        )
+    assert claimed_job_factory.orders.row(good.order_id)["beautified"] is None

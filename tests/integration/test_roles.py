@@ -1,0 +1,108 @@
+"""Three roles, each with what it needs and no more."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from jobdaemon.db import DatabaseAddress
+from jobdaemon.domain.outcome import End, Transition, Verdict
+from jobdaemon.domain.write import OrderStarted
+from jobdaemon.queue.store import PostgresJobStore
+from tests.factories import PLANS, QUEUES, SOURCE, Sql
+
+TABLES = ("plans", "queues", "orders", "images", "attempts", "provider_calls", "daemons", "procrastinate_jobs", "_yoyo_migration")
+VIEWS = ("queue_depth", "order_progress", "running_jobs", "stage_timings", "throughput", "failures", "workers")
+
+
+@pytest.fixture
+def login(postgres: Any, engine_database: str) -> Iterator[Callable[[str], str]]:
+    """Makes a login role that is a member of one group; gives its URL."""
+    names: list[str] = []
+
+    def make(group: str) -> str:
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        postgres.admin.execute(f"CREATE ROLE {name} LOGIN IN ROLE {group}")
+        names.append(name)
+        user = urlsplit(engine_database).username
+        return engine_database.replace(f"//{user}@", f"//{name}@", 1)
+
+    yield make
+    for name in names:
+        postgres.admin.execute(f"DROP ROLE {name}")
+
+
+def test_producer_calls_functions_and_reads_nothing(login: Callable[[str], str]) -> None:
+    """A producer enqueues, cancels and steers; tables, views and the engine's own functions are closed to it."""
+    with psycopg.connect(login("jobdaemon_producer"), autocommit=True) as app:
+        row = app.execute("SELECT order_id FROM jobdaemon.enqueue_order('Free', %s)", [SOURCE]).fetchone()
+        assert row is not None
+        assert app.execute("SELECT jobdaemon.cancel_order(%s)", [row[0]]).fetchone() == ("cancelled",)
+        app.execute("SELECT jobdaemon.pause_queue('upload')")
+        for name in (*TABLES, *VIEWS):
+            with pytest.raises(errors.InsufficientPrivilege):
+                app.execute(f"SELECT * FROM jobdaemon.{name}".encode())
+        for call in (
+            "claim_jobs('upload', 1, 1)",
+            "promote_jobs(1)",
+            "grant_roles()",
+            "procrastinate_register_worker_v1()",
+            "procrastinate_cancel_job_v1(1, true, true)",
+        ):
+            with pytest.raises(errors.InsufficientPrivilege):
+                app.execute(f"SELECT jobdaemon.{call}".encode())
+        with pytest.raises(errors.InsufficientPrivilege):
+            app.execute("CREATE TABLE jobdaemon.mine ()")
+
+
+def test_reader_reads_views_only(login: Callable[[str], str]) -> None:
+    """A reader sees every view, no table, and changes nothing."""
+    with psycopg.connect(login("jobdaemon_reader"), autocommit=True) as app:
+        for view in VIEWS:
+            app.execute(f"SELECT * FROM jobdaemon.{view}".encode())
+        for table in TABLES:
+            with pytest.raises(errors.InsufficientPrivilege):
+                app.execute(f"SELECT * FROM jobdaemon.{table}".encode())
+        for call in (f"enqueue_order('Free', '{SOURCE}')", "pause_queue('upload')", "cancel_order(1)"):
+            with pytest.raises(errors.InsufficientPrivilege):
+                app.execute(f"SELECT jobdaemon.{call}".encode())
+        with pytest.raises(errors.InsufficientPrivilege):
+            app.execute("UPDATE jobdaemon.queue_depth SET paused = true")
+
+
+async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> None:
+    """The daemon's role, without owning anything, can run every statement of the engine."""
+    sql.execute("SELECT * FROM jobdaemon.enqueue_order('Free', %s)", [SOURCE])
+    store = PostgresJobStore(DatabaseAddress(login("jobdaemon_daemon")))
+    try:
+        assert len(await store.applied_migrations()) > 4
+        await store.ensure_rows([*QUEUES, "generate.new"], PLANS)
+        daemon_id = await store.register(host="h", pid=1, version="0", queues={"beautify": 1})
+        [job] = await store.claim("beautify", daemon_id, 1)
+        assert job.order_id is not None
+        started = Transition(job, End.CHECKPOINT, writes=(OrderStarted(job.order_id),))
+        dead = Transition(job, End.RETRY, error="x")
+        for transition in (started, dead):
+            assert (await store.commit([transition], daemon_id=daemon_id)).verdicts == [Verdict.ACCEPTED]
+        await store.promote()
+        await store.queue_rows(QUEUES)
+        await store.lost_jobs(daemon_id, [], lease=None)
+        await store.tell_orders([job.order_id])
+        assert await store.load_order(job.order_id) is not None
+        assert len(await store.load_images(job.order_id)) == 2
+        assert await store.open_call(job.id) is None
+        await store.set_daemon_status(daemon_id, "stopped")
+    finally:
+        await store.close()
+
+
+def test_everybody_else_gets_nothing(login: Callable[[str], str], postgres: Any) -> None:
+    """A role without our groups cannot even look into the schema."""
+    with psycopg.connect(login("pg_monitor"), autocommit=True) as app, pytest.raises(errors.InsufficientPrivilege):
+        app.execute("SELECT * FROM jobdaemon.enqueue_order('Free', %s)", [SOURCE])
