@@ -25,6 +25,8 @@ _LOST: tuple[type[BaseException], ...] = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    # between the server's goodbye and the end of the socket
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.exceptions.OperatorInterventionError,
     # too many connections, disk full, out of memory, deadlock, lock not available, I/O error: none is the statement's own fault

@@ -9,7 +9,6 @@ the artifact store as they are stored, whichever daemon made them.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from jobdaemon.delivery import Delivery, FolderNames
-from jobdaemon.domain.artifact import source_key
 from jobdaemon.domain.order import ENDED_STATUSES, NewOrder, derive_key
-from jobdaemon.errors import JobdaemonError, RefusedError, UnsupportedImageError
-from jobdaemon.ports import ArtifactStore, ImageFacts
+from jobdaemon.errors import InvalidOrderError, JobdaemonError, RefusedError, UnsupportedImageError
+from jobdaemon.intake import read_photo_file, store_photo
+from jobdaemon.photo import PhotoLimits
+from jobdaemon.ports import ArtifactStore
 from jobdaemon.watch import OrderDesk
 
 QUEUE_FULL = ("JD002", "JD003")
@@ -64,6 +64,7 @@ class PhotoRun:
     error: str | None = None
     order_id: int | None = None
     sha256: str = ""
+    source: str = ""
     delivery: Delivery | None = None
     row: dict[str, Any] = field(default_factory=dict)
     images: list[dict[str, Any]] = field(default_factory=list)
@@ -94,23 +95,21 @@ class ForegroundRun:
         *,
         desk: OrderDesk,
         artifacts: ArtifactStore,
-        inspect: Callable[[bytes], ImageFacts],
-        max_photo_bytes: int,
+        limits: PhotoLimits,
         max_image_bytes: int,
         on_progress: Callable[[Sequence[PhotoRun]], None],
         on_finished: Callable[[PhotoRun], None],
     ) -> None:
         """
         Args:
-            inspect: decodes a photo; raises UnsupportedImageError. Runs in a thread.
+            limits: which photos are let in.
             on_progress: told whenever something changed.
             on_finished: told once per photo, when nothing more will happen to it.
         """
         self._wish = wish
         self._desk = desk
         self._artifacts = artifacts
-        self._inspect = inspect
-        self._max_photo_bytes = max_photo_bytes
+        self._limits = limits
         self._max_image_bytes = max_image_bytes
         self._on_progress = on_progress
         self._on_finished = on_finished
@@ -152,34 +151,22 @@ class ForegroundRun:
                 self._refuse(run, error)
                 return True
             raise
-        except (UnsupportedImageError, OSError) as error:
+        except (InvalidOrderError, UnsupportedImageError) as error:
             self._refuse(run, error)
         return True
 
     async def _store_photo(self, run: PhotoRun) -> None:
-        content = await asyncio.to_thread(self._read, run.photo)
-        run.sha256 = hashlib.sha256(content).hexdigest()
-        facts = await asyncio.to_thread(self._inspect, content)
-        await self._artifacts.put(source_key(run.sha256), content, facts.media_type)
+        photo = await asyncio.to_thread(read_photo_file, run.photo, limits=self._limits)
+        run.sha256 = photo.sha256
+        run.source = await store_photo(self._artifacts, photo)
         run.delivery = Delivery(self._names.folder(run.photo, run.sha256))
-
-    def _read(self, photo: Path) -> bytes:
-        if not photo.exists():
-            raise UnsupportedImageError("there is no such file")
-        if not photo.is_file():
-            raise UnsupportedImageError("this is not a file")
-        with photo.open("rb") as file:
-            content = file.read(self._max_photo_bytes + 1)
-        if len(content) > self._max_photo_bytes:
-            raise UnsupportedImageError(f"the file is larger than {self._max_photo_bytes / 1e6:g} MB")
-        return content
 
     def _order(self, run: PhotoRun) -> NewOrder:
         assert run.delivery is not None
         wish = self._wish
         return NewOrder(
             plan=wish.plan,
-            source=f"artifact:{source_key(run.sha256)}",
+            source=run.source,
             customer=CUSTOMER,
             key=derive_key(
                 run.sha256, wish.plan, (*(wish.prompts or ()), str(wish.images or "")), str(run.delivery.folder.absolute())
@@ -195,9 +182,8 @@ class ForegroundRun:
         if row["status"] in ("failed", "partial"):
             await self._desk.redrive(run.order_id)
 
-    def _refuse(self, run: PhotoRun, error: Exception) -> None:
-        text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        run.status, run.error = "refused", text
+    def _refuse(self, run: PhotoRun, error: JobdaemonError) -> None:
+        run.status, run.error = "refused", str(error)
         self._finish(run)
 
     def _finish(self, run: PhotoRun) -> None:

@@ -71,6 +71,9 @@ from jobdaemon.units import format_duration, format_size
 
 SYSTEM_CONFIG = Path("/etc/jobdaemon/jobdaemon.toml")
 
+#: The door's own bound: enqueue_order refuses longer prompts.
+MAX_PROMPT_BYTES = 4000
+
 PlanName = Literal["Free", "Start", "Pro"]
 PLAN_NAMES: tuple[PlanName, ...] = get_args(PlanName)
 
@@ -160,7 +163,7 @@ class PlanSettings(Section):
         max_open_orders_per_customer: of this plan, for one customer. 0 means no limit.
     """
 
-    images: Annotated[Whole, Field(ge=1, le=10_000)]
+    images: Annotated[Whole, Field(ge=1, le=1_000)]
     priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)]
     lift_after: LongerThanZero
     expires_after: LongerThanZero = timedelta(hours=24)
@@ -171,7 +174,7 @@ class PlanSettings(Section):
 class FreePlan(PlanSettings):
     """The defaults of Free."""
 
-    images: Annotated[Whole, Field(ge=1, le=10_000)] = 2
+    images: Annotated[Whole, Field(ge=1, le=1_000)] = 2
     priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 300
     lift_after: LongerThanZero = timedelta(minutes=5)
 
@@ -179,7 +182,7 @@ class FreePlan(PlanSettings):
 class StartPlan(PlanSettings):
     """The defaults of Start."""
 
-    images: Annotated[Whole, Field(ge=1, le=10_000)] = 30
+    images: Annotated[Whole, Field(ge=1, le=1_000)] = 30
     priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 200
     lift_after: LongerThanZero = timedelta(minutes=15)
 
@@ -187,7 +190,7 @@ class StartPlan(PlanSettings):
 class ProPlan(PlanSettings):
     """The defaults of Pro."""
 
-    images: Annotated[Whole, Field(ge=1, le=10_000)] = 70
+    images: Annotated[Whole, Field(ge=1, le=1_000)] = 70
     priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 100
     lift_after: LongerThanZero = timedelta(minutes=30)
 
@@ -249,15 +252,11 @@ class OrdersSettings(Section):
     Attributes:
         provider: of an order that names none.
         images_per_call: most images of one provider call; a provider's own limit may be lower.
-        max_prompts: most prompts of one order.
-        max_prompt_bytes: longest prompt, in bytes of UTF-8.
         prompts: of an order that brings none.
     """
 
     provider: Name = "local"
     images_per_call: Annotated[Whole, Field(ge=1, le=100)] = 5
-    max_prompts: Annotated[Whole, Field(ge=1, le=10_000)] = 70
-    max_prompt_bytes: Annotated[Whole, Field(ge=1, le=1_000_000)] = 4000
     prompts: PlanPrompts = PlanPrompts()
 
 
@@ -526,7 +525,7 @@ def _shown(value: object, key: str) -> Any:
             return str(value)
         case tuple():
             return list(value)
-        case int() if key.endswith("_bytes") and key != "orders.max_prompt_bytes":
+        case int() if key.endswith("_bytes"):
             return format_size(value)
     return value
 
@@ -549,11 +548,10 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
         prompts = orders.prompts[name]
         if plan.lift_after >= plan.expires_after:
             yield Problem(f"plans.{name}.lift_after", f"must be shorter than plans.{name}.expires_after")
-        if len(prompts) > min(plan.images, orders.max_prompts):
-            limit = f"plans.{name}.images" if plan.images < orders.max_prompts else "orders.max_prompts"
-            yield Problem(f"orders.prompts.{name}", f"holds {len(prompts)} prompts, more than {limit} allows")
-        if any(not prompt.strip() or len(prompt.encode(errors="replace")) > orders.max_prompt_bytes for prompt in prompts):
-            yield Problem(f"orders.prompts.{name}", "has a prompt that is empty or longer than orders.max_prompt_bytes")
+        if len(prompts) > plan.images:
+            yield Problem(f"orders.prompts.{name}", f"holds {len(prompts)} prompts, more than plans.{name}.images allows")
+        if any(not prompt.strip() or len(prompt.encode(errors="replace")) > MAX_PROMPT_BYTES for prompt in prompts):
+            yield Problem(f"orders.prompts.{name}", f"has a prompt that is empty or longer than {MAX_PROMPT_BYTES} bytes")
 
 
 def _queue_contradictions(settings: Settings) -> Iterator[Problem]:

@@ -58,7 +58,7 @@ class OrderDesk:
             return rows(
                 await connection.fetch(
                     "SELECT index, prompt, status, url, object_key, sha256, bytes, width, height, error, media_type"
-                    " FROM jobdaemon.images WHERE order_id = $1 ORDER BY index",
+                    " FROM jobdaemon.order_images WHERE order_id = $1 ORDER BY index",
                     order_id,
                 )
             )

@@ -53,6 +53,10 @@ SELECT
         LIMIT 1) END AS waiting_for
 FROM orders o;
 
+CREATE VIEW order_images AS
+SELECT i.order_id, i.index, i.prompt, i.status, i.url, i.object_key, i.sha256, i.bytes, i.width, i.height, i.media_type, i.error
+FROM images i;
+
 CREATE VIEW running_jobs AS
 SELECT
     j.id AS job_id,
@@ -107,7 +111,8 @@ SELECT
     d.status,
     d.queues,
     d.started_at,
-    w.last_heartbeat,
+    -- -infinity is how a stopped daemon's lease ends at once
+    CASE WHEN isfinite(w.last_heartbeat) THEN w.last_heartbeat END AS last_heartbeat,
     (SELECT count(*) FROM procrastinate_jobs j WHERE j.worker_id = d.id AND j.status = 'doing') AS running
 FROM daemons d
 LEFT JOIN procrastinate_workers w ON w.id = d.id;

@@ -53,10 +53,11 @@ class Display:
             sys.stdout.write(as_json(run.document()) + "\n")
             sys.stdout.flush()
         elif run.delivery is not None and run.delivered:
-            sheet = run.delivery.folder
-            print(f"{run.photo.name}: {len(run.delivered)} images in {sheet}", flush=True)
+            print(f"{run.photo.name}: {len(run.delivered)} images in {run.delivery.folder}", flush=True)
         if run.error is not None:
-            self._console.print(Text(f"{run.photo}: {run.error}"), soft_wrap=True)
+            # What the door says of a photo names it already.
+            text = run.error if run.status == "refused" else f"{run.photo}: {run.error}"
+            self._console.print(Text(text), soft_wrap=True)
 
     def _say_changes(self, runs: Sequence[PhotoRun]) -> None:
         for run in runs:

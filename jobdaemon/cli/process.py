@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobdaemon.cli.errors import ExitCode
+from jobdaemon.cli.session import AsJson, ConfigFile, load
+
 if TYPE_CHECKING:
     from jobdaemon.app import Daemon
     from jobdaemon.events import Events
     from jobdaemon.process import ForegroundRun, PhotoRun, Wish
     from jobdaemon.settings import Settings
-
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 4, 5
 
 
 def process(
@@ -26,8 +27,8 @@ def process(
     prompt: Annotated[list[str] | None, typer.Option(help="What to make; repeat it for several.", show_default=False)] = None,
     images: Annotated[int | None, typer.Option(help="Fewer images than the plan gives.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Where the folders of images go.")] = Path("jobdaemon-out"),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per photo on standard output.")] = False,
-    config: Annotated[Path | None, typer.Option(help="Settings file.", show_default=False)] = None,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
 ) -> None:
     """Turn photos into finished images, here and now; the same call again finishes what is missing."""
     from jobdaemon import app
@@ -35,9 +36,8 @@ def process(
     from jobdaemon.events import Events
     from jobdaemon.logs import configure_logs, log_events
     from jobdaemon.process import Wish
-    from jobdaemon.settings import load_settings
 
-    settings = load_settings(config)
+    settings = load(config)
     configure_logs(settings.log.format, "warning" if settings.log.level == "info" else settings.log.level)
     events = Events()
     log_events(events)
@@ -53,11 +53,10 @@ def process(
 async def _process(settings: Settings, url: str, events: Events, wish: Wish, *, as_json: bool) -> int:
     from jobdaemon import app
     from jobdaemon.cli.live import Display
-    from jobdaemon.photo import PhotoLimits, inspect_image
+    from jobdaemon.photo import PhotoLimits
     from jobdaemon.process import ForegroundRun
     from jobdaemon.watch import OrderDesk
 
-    limits = PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels)
     interrupted = asyncio.Event()
     async with app.open_daemon(settings, url, events) as daemon:
         app.require_schema(await daemon.store.applied_migrations())
@@ -67,8 +66,7 @@ async def _process(settings: Settings, url: str, events: Events, wish: Wish, *, 
                 wish,
                 desk=desk,
                 artifacts=daemon.artifacts,
-                inspect=lambda content: inspect_image(content, limits=limits),
-                max_photo_bytes=settings.photos.max_bytes,
+                limits=PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels),
                 max_image_bytes=settings.photos.result_max_bytes,
                 on_progress=display.show,
                 on_finished=display.finished,
@@ -80,7 +78,7 @@ async def _process(settings: Settings, url: str, events: Events, wish: Wish, *, 
             display.show(run.runs)
     if interrupted.is_set():
         _say_interrupted(run.runs)
-        return EXIT_INTERRUPTED
+        return ExitCode.INTERRUPTED
     return exit_code(run.runs)
 
 
@@ -113,11 +111,11 @@ async def _work(run: ForegroundRun, worker: Daemon, interrupted: asyncio.Event) 
             raise result
 
 
-def exit_code(runs: Sequence[PhotoRun]) -> int:
+def exit_code(runs: Sequence[PhotoRun]) -> ExitCode:
     """0 when every photo got all its images; else that of the worst that happened."""
     if any(run.status not in ("completed", "refused") for run in runs):
-        return EXIT_FAILED
-    return EXIT_REFUSED if any(run.status == "refused" for run in runs) else 0
+        return ExitCode.FAILED
+    return ExitCode.REFUSED if any(run.status == "refused" for run in runs) else ExitCode.DONE
 
 
 def _say_interrupted(runs: Sequence[PhotoRun]) -> None:

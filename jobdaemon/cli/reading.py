@@ -13,12 +13,10 @@ Row = dict[str, Any]
 
 _IMAGES = """
 SELECT index, prompt, status, url, object_key, sha256, bytes, width, height, error
-FROM jobdaemon.images WHERE order_id = %s ORDER BY index
+FROM jobdaemon.order_images WHERE order_id = %s ORDER BY index
 """
-# A stopped daemon's last heartbeat is -infinity, which no datetime can hold.
 _DAEMONS = """
-SELECT daemon_id, host, pid, version, status, queues, started_at,
-    CASE WHEN isfinite(last_heartbeat) THEN last_heartbeat END AS last_heartbeat, running
+SELECT daemon_id, host, pid, version, status, queues, started_at, last_heartbeat, running
 FROM jobdaemon.workers
 WHERE status <> 'stopped' OR %(all)s ORDER BY daemon_id
 """

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from typing import Annotated
 
-import typer
+from jobdaemon.cli.session import ConfigFile, load
 
 
-def run(
-    config: Annotated[Path | None, typer.Option(help="Settings file.", show_default=False)] = None,
-) -> None:
+def run(config: ConfigFile = None) -> None:
     """Work the queues until SIGTERM or Ctrl-C; a second one cuts short what still runs. SIGHUP reloads the settings."""
     from jobdaemon import app
     from jobdaemon.cli.service import serve
     from jobdaemon.events import Events
     from jobdaemon.logs import configure_logs, log_events
     from jobdaemon.sdnotify import SystemdNotifier
-    from jobdaemon.settings import load_settings
 
-    settings = load_settings(config)
+    settings = load(config)
     configure_logs(settings.log.format, settings.log.level)
     events = Events()
     log_events(events)
     with SystemdNotifier() as notifier, app.database_url(settings) as url:
         if settings.database.url is None:
             asyncio.run(app.prepare_database(settings, url))
-        asyncio.run(serve(settings, url, events, reload=lambda: load_settings(config), notifier=notifier))
+        asyncio.run(serve(settings, url, events, reload=lambda: load(config), notifier=notifier))

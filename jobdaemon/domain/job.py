@@ -87,7 +87,7 @@ class Job:
 
     @property
     def image_indexes(self) -> tuple[int, ...]:
-        """The images of its order this job works for, what is no index left out: a generate job's ``images``, an upload's ``image``."""
+        """The images of its order this job works for: a generate job's ``images``, an upload's ``image``; junk left out."""
         images = self.args.get("images")
         values = images if isinstance(images, list | tuple) else [self.args.get("image")]
         return tuple(value for value in map(_row_number, values) if value is not None)

@@ -105,6 +105,4 @@ class ImagesRemoved:
     order_id: int
 
 
-Write = (
-    OrderStarted | PhotoBeautified | CallSubmitted | ImageGenerated | ImageStored | ImageFailed | OrderFailed | ImagesRemoved
-)
+Write = OrderStarted | PhotoBeautified | CallSubmitted | ImageGenerated | ImageStored | ImageFailed | OrderFailed | ImagesRemoved

@@ -13,7 +13,7 @@ Owns one cluster per data directory, below ``<data directory>/postgres``:
 Postgres refuses to run as root: for root it runs as a system user, and where that user cannot reach the data directory or the
 programs, both live below /var/lib/jobdaemon-postgres instead. Permissions of folders that we did not make are never changed.
 
-Leaves the schema to :mod:`jobdaemon.db`. Imports the standard library only, so that every command can afford it.
+Leaves the schema to :mod:`jobdaemon.schema`. Imports the standard library only, so that every command can afford it.
 """
 
 from jobdaemon.embedded.account import binaries

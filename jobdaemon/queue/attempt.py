@@ -18,9 +18,17 @@ from jobdaemon.domain.outcome import Done, End, Transition, Verdict
 from jobdaemon.domain.retry import RetryPolicy, after_error
 from jobdaemon.domain.write import Write
 from jobdaemon.errors import LeaseLostError, PermanentError, RetryableError
-from jobdaemon.events import CheckpointCommitted, Events, JobFinished, JobStarted, LeaseLost
+from jobdaemon.events import CheckpointCommitted, Events, JobFinished, JobStarted, LeaseLost, Outcome
 from jobdaemon.ports import Stage
 from jobdaemon.queue.committer import Committer
+
+_OUTCOMES: Mapping[End, Outcome] = {
+    End.SUCCEEDED: "succeeded",
+    End.RETRY: "retry",
+    End.SNOOZE: "snooze",
+    End.HANDED_BACK: "handed_back",
+    End.FAILED: "failed",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ class AttemptRunner:
         except LeaseLostError as error:
             # The end is committed all the same: the fence drops what is lost, and ends the job of a cancelled order.
             transition = Transition(job, End.HANDED_BACK, error=str(error))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a stage raises ends its own attempt and nothing else
             transition = _after_error(job, error, rules)
         seconds = loop.time() - started
         verdict = await self._commit(replace(transition, seconds=seconds))
@@ -116,8 +124,9 @@ class AttemptRunner:
         stage = self._stages.get(job.task)
         if stage is None:
             raise PermanentError(f"no stage knows the task {job.task}")
+        limit = asyncio.timeout(rules.run_timeout.total_seconds())
         try:
-            async with asyncio.timeout(rules.run_timeout.total_seconds()) as limit:
+            async with limit:
                 return await stage.run(RunningAttempt(job, self._committer, self._events))
         except TimeoutError as error:
             if not limit.expired():
@@ -129,7 +138,7 @@ class AttemptRunner:
         if verdict is Verdict.LEASE_LOST:
             self._events.emit(LeaseLost(job_id=job.id))
             return
-        outcome = "cancelled" if verdict is Verdict.ORDER_ENDED else transition.end.value
+        outcome: Outcome = "cancelled" if verdict is Verdict.ORDER_ENDED else _OUTCOMES[transition.end]
         self._events.emit(
             JobFinished(
                 job_id=job.id, queue=job.queue, outcome=outcome, seconds=seconds, error=transition.error, order_id=job.order_id

@@ -68,7 +68,7 @@ class Committer:
     async def _commit_group(self, group: list[tuple[Transition, asyncio.Future[Verdict]]]) -> None:
         try:
             verdicts = await self._commit_surely([transition for transition, _ in group])
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a group must not die of one member
             if len(group) == 1:
                 await self._give_up_on(*group[0], error)
                 return
@@ -111,11 +111,12 @@ class Committer:
             return
         verdict = Verdict.LEASE_LOST
         for writes in (writes_when_dead(job, reason), ()):
-            failed = Transition(job, End.FAILED, writes=writes, error_kind=type(error).__name__, error=reason, seconds=transition.seconds)
+            kind, seconds = type(error).__name__, transition.seconds
+            failed = Transition(job, End.FAILED, writes=writes, error_kind=kind, error=reason, seconds=seconds)
             try:
                 [verdict] = await self._commit_surely([failed])
                 break
-            except Exception as again:
+            except Exception as again:  # noqa: BLE001 - a group must not die of one member
                 self._events.emit(CommitFailed(job_id=job.id, error=(str(again).splitlines() or [""])[0]))
         if not future.done():
             future.set_result(verdict)

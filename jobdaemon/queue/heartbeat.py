@@ -88,7 +88,7 @@ class Heartbeat:
                 self._lost_at = loop.time()
                 self._events.emit(DatabaseLost(error=str(error)))
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the heart goes on
             self._steady_since = None
             self._events.emit(UpkeepFailed(error=f"heartbeat: {type(error).__name__}: {error}"))
             return

@@ -108,11 +108,11 @@ class PostgresJobStore:
             await connection.add_listener(channel, self._heard)
         self._on_notify("", "")
 
-    def _heard(self, connection: object, pid: int, channel: str, payload: object) -> None:
+    def _heard(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
         if self._on_notify is not None:
             self._on_notify(channel, str(payload))
 
-    def _fell_silent(self, connection: object) -> None:
+    def _fell_silent(self, _connection: object) -> None:
         if self._on_silence is not None:
             self._on_silence()
 
@@ -138,7 +138,7 @@ class PostgresJobStore:
             await connection.execute(_JOBS["ensure_queues"], sorted(queues))
             await connection.execute(_JOBS["ensure_plans"], json.dumps([writes.plan_row(plan) for plan in plans]))
 
-    async def heartbeat(self, daemon_id: int, *, timeout: timedelta) -> bool:
+    async def heartbeat(self, daemon_id: int, *, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
         """Renew the lease of all this daemon's jobs; False when its row is gone and it must register again."""
         async with self._pulse.use() as connection:
             return await connection.fetchval(_JOBS["heartbeat"], daemon_id, timeout=timeout.total_seconds()) is not None
@@ -331,4 +331,3 @@ def _job(record: asyncpg.Record, queue: str) -> Job:
         deaths=record["deaths"] or 0,
         token=record["token"],
     )
-

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -203,7 +204,7 @@ class Supervisor:
         return daemon_id
 
     async def _stop_in_order(
-        self, claiming: list[asyncio.Future[None]], upkeep: asyncio.Future[None], services: list[asyncio.Future[None]]
+        self, claiming: Sequence[asyncio.Future[None]], upkeep: asyncio.Future[None], services: Sequence[asyncio.Future[None]]
     ) -> None:
         began = asyncio.get_running_loop().time()
         await self._say("stopping")
@@ -217,13 +218,12 @@ class Supervisor:
         self._events.emit(DaemonStopped(handed_back=handed_back, seconds=asyncio.get_running_loop().time() - began))
 
     async def _say(self, status: str) -> None:
-        try:
+        # When the database is away, the silence of our heartbeat says the same, later.
+        with suppress(DatabaseUnavailableError):
             await self._store.set_daemon_status(self.daemon_id, status)
-        except (DatabaseUnavailableError, RuntimeError):
-            pass  # the silence of our heartbeat says the same, later
 
 
-async def _cancel(tasks: list[asyncio.Future[None]]) -> None:
+async def _cancel(tasks: Sequence[asyncio.Future[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

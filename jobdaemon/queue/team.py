@@ -104,7 +104,7 @@ class Team:
                 await self._rest()
             except DatabaseUnavailableError:
                 await self._rest()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the team goes on
                 self._events.emit(UpkeepFailed(error=f"claim from {self.queue}: {type(error).__name__}: {error}"))
                 await self._rest()
 
@@ -129,7 +129,9 @@ class Team:
 
     async def finish(self, *, grace_s: float, cut_short: asyncio.Event) -> int:
         """
-        Let running attempts end; after *grace_s*, or when *cut_short* is set, hand the rest back. The loop must have been cancelled.
+        Let running attempts end; after *grace_s*, or when *cut_short* is set, hand the rest back.
+
+        The loop must have been cancelled.
 
         Returns:
             How many attempts were cut short.

@@ -85,7 +85,7 @@ class Upkeep:
                 await self._round(is_poll)
             except DatabaseUnavailableError:
                 pass  # the heartbeat reports it
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - upkeep goes on
                 self._events.emit(UpkeepFailed(error=f"upkeep: {type(error).__name__}: {error}"))
             await self._sleep_until(next_poll)
 

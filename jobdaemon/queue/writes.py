@@ -1,4 +1,4 @@
-"""Domain writes as rows of JSON: which statement of ``orders.sql`` applies each kind, and what it returns for one that applied."""
+"""Domain writes as rows of JSON: which statement of ``orders.sql`` applies each kind, and what it returns when it did."""
 
 from __future__ import annotations
 

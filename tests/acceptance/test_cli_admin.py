@@ -79,8 +79,7 @@ def test_config_apply_respects_an_operators_rows_unless_forced(cli: Cli, databas
     first = json.loads(cli(database, "config", "apply", "--json").stdout)
     assert first["plans_inserted"] == ["Free", "Start", "Pro"]
     assert first["queues_inserted"] == ["beautify", "generate.local", "upload"]
-    execute(database, "UPDATE jobdaemon.plans SET images = 5 WHERE name = 'Pro'")
-    execute(database, "UPDATE jobdaemon.plans SET prompts = '{mine}' WHERE name = 'Pro'")
+    execute(database, "UPDATE jobdaemon.plans SET images = 5, prompts = '{mine}' WHERE name = 'Pro'")
     execute(database, "UPDATE jobdaemon.queues SET paused = true")
     assert cli(database, "config", "apply").stdout == "Nothing to do: every plan and queue is there.\n"
     monkeypatch.setenv("JOBDAEMON_PLANS__FREE__IMAGES", "3")
@@ -103,9 +102,9 @@ def test_check_finds_nothing_wrong_but_that_nobody_works(cli: Cli, database: str
     assert {name for name, row in found.items() if row["state"] != "ok"} == {"daemons"}
     assert found["daemons"]["action"] == "start one with `jobdaemon run`"
     assert found.keys() >= {"settings", "database", "schema", "tuning", "plans", "roles", "connections", "store", "backend"}
-    execute(database, "WITH w AS (INSERT INTO jobdaemon.procrastinate_workers DEFAULT VALUES RETURNING id) "
-                      "INSERT INTO jobdaemon.daemons (id, host, pid, version, queues) "
-                      "SELECT id, 'box', 7, '0', '{\"beautify\": 1, \"upload\": 5}' FROM w")  # fmt: skip
+    execute(database, "INSERT INTO jobdaemon.procrastinate_workers DEFAULT VALUES")
+    daemon = """SELECT id, 'box', 7, '0', '{"beautify": 1, "upload": 5}' FROM jobdaemon.procrastinate_workers"""
+    execute(database, f"INSERT INTO jobdaemon.daemons {daemon}")
     daemons = findings(cli(database, "check", "--json"))["daemons"]
     assert (daemons["state"], daemons["message"]) == ("warning", "1 running, none works generate.local")
     table = cli(database, "check").stdout
@@ -165,10 +164,9 @@ def test_check_reports_wrong_settings(cli: Cli, monkeypatch: pytest.MonkeyPatch)
 @contextmanager
 def server_that_refuses_the_password() -> Iterator[int]:
     """What libpq meets when the password is wrong, without a cluster of its own for it."""
-    fields = b"".join(code + text + b"\0" for code, text in [
-        (b"S", b"FATAL"), (b"V", b"FATAL"), (b"C", b"28P01"), (b"M", b'password authentication failed for user "app"'),
-    ]) + b"\0"  # fmt: skip
+    fields = b'SFATAL\0VFATAL\0C28P01\0Mpassword authentication failed for user "app"\0\0'
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        server.settimeout(10)
 
         def answer() -> None:
             connection, _ = server.accept()
@@ -205,11 +203,11 @@ def test_a_database_that_is_down_is_one_sentence(cli: Cli, url: str) -> None:
 
 
 def test_a_login_with_only_a_role_of_ours_can_work(cli: Cli, database: str) -> None:
-    """A producer may enqueue and cancel, and a reader may look; what neither may do is refused in one sentence."""
+    """A producer may enqueue and cancel, a reader look, a daemon do its work; what neither may do is refused in one sentence."""
     cli(database, "config", "apply")
     with psycopg.connect(database, autocommit=True) as connection:
         name = connection.info.dbname
-        for role in ("producer", "reader"):
+        for role in ("producer", "reader", "daemon"):
             connection.execute(f"CREATE ROLE {name}_{role} LOGIN IN ROLE jobdaemon_{role}")
     try:
         as_producer = database.replace("//jobdaemon@", f"//{name}_producer@", 1)
@@ -222,8 +220,13 @@ def test_a_login_with_only_a_role_of_ours_can_work(cli: Cli, database: str) -> N
         assert "permission denied" in refused.stderr
         assert refused.stderr.count("\n") == 1
         assert cli(as_producer, "cancel", 1).exit_code == 0
+        as_daemon = database.replace("//jobdaemon@", f"//{name}_daemon@", 1)
+        for arguments in (["check"], ["order", "1"], ["config", "apply", "--force"]):
+            assert cli(as_daemon, *arguments).exit_code == 0
+        roles = findings(cli(as_reader, "check", "--json"))
+        assert roles["database"]["state"] == "error"
     finally:
-        for role in ("producer", "reader"):
+        for role in ("producer", "reader", "daemon"):
             execute(database, f"DROP ROLE {name}_{role}")
 
 

@@ -24,7 +24,8 @@ from jobdaemon.cli.program import Program, app
 from jobdaemon.cli.times import parse_moment
 from jobdaemon.errors import JobdaemonError, RefusedError
 
-VERBS = "process run enqueue orders order cancel redrive queues jobs job daemons config migrate check version".split()
+VERBS = ["process", "run", "enqueue", "orders", "order", "cancel", "redrive", "queues", "jobs", "job", "daemons", "config"]
+VERBS += ["migrate", "check", "version"]
 HEAVY = ["torch", "cv2", "aioboto3", "botocore", "moto", "PIL", "numpy", "psycopg", "asyncpg", "procrastinate", "pydantic"]
 
 
@@ -199,7 +200,7 @@ def test_moments() -> None:
     assert parse_moment("+10min") == timedelta(minutes=10)
     assert parse_moment("2026-05-01T09:00+02:00") == datetime(2026, 5, 1, 7, tzinfo=UTC)
     assert parse_moment("2026-05-01T07:00Z") == datetime(2026, 5, 1, 7, tzinfo=UTC)
-    assert parse_moment(" 2026-05-01 09:00 ") == datetime(2026, 5, 1, 9).astimezone()  # noqa: DTZ001 - the local zone is meant
+    assert parse_moment(" 2026-05-01 09:00 ") == datetime(2026, 5, 1, 9).astimezone()
     for wrong in ("", "+", "soon", "+soon", "-5min", "2026-13-01"):
         with pytest.raises(ValueError, match="is "):
             parse_moment(wrong)

@@ -434,7 +434,6 @@ class TestTree:
             ),
             ("[plans.Pro]\nexpires_after = '30 min'", "plans.Pro.lift_after: must be shorter than plans.Pro.expires_after"),
             ("[plans.Start]\nimages = 5", "orders.prompts.Start: holds 6 prompts, more than plans.Start.images allows"),
-            ("[orders]\nmax_prompts = 13", "orders.prompts.Pro: holds 14 prompts, more than orders.max_prompts allows"),
             ("[orders.prompts]\nFree = [' ']", "orders.prompts.Free: has a prompt that is empty"),
             ("[database]\nurl = 'mysql://u:secret@h/d'", "database.url: must start with postgresql://"),
         ],

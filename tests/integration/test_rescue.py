@@ -1,0 +1,302 @@
+"""Heartbeat, rescue and recovery: what a dead, frozen, removed or cut-off daemon leaves is taken up, and costs nobody an attempt."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from jobdaemon import schema
+from jobdaemon.domain.outcome import End, Transition
+from jobdaemon.domain.retry import MAX_DEATHS
+from jobdaemon.embedded import EmbeddedPostgres
+from jobdaemon.events import DatabaseBack, JobsRescued, JobStarted, OrderSettled
+from jobdaemon.ports import Attempt
+from jobdaemon.queue.store import PostgresJobStore
+from tests.daemons import NO_POLL, QUICK, Stages, running_daemon
+from tests.factories import Claimed, Jobs, Orders, Sql
+from tests.fixtures_engine import ensure_rows
+
+LEASE = timedelta(seconds=1)
+
+
+def _silence(sql: Sql, daemon_id: int) -> None:
+    sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 hour' WHERE id = %s", [daemon_id])
+
+
+async def test_only_silent_or_removed_workers_lose_their_jobs(
+    store: PostgresJobStore, claimed_job_factory: Claimed, job_factory: Jobs, sql: Sql
+) -> None:
+    """A fresh heartbeat keeps its jobs; a stale or deleted row loses them; a queue that is not ours is left alone."""
+    other = await store.register(host="other", pid=1, version="0", queues={})
+    mine, lost = job_factory(), job_factory()
+    claimed = [job.id for job in await claimed_job_factory.claim("upload", 1)]
+    assert claimed == [mine]
+    await store.claim("upload", other, 1)
+    foreign = job_factory("mail", "send")
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'doing' WHERE id = %s", [foreign])
+    observer = await store.register(host="observer", pid=2, version="0", queues={})
+
+    async def lost_ids() -> list[int]:
+        return [job.id for job, _ in await store.lost_jobs(observer, [], lease=LEASE)]
+
+    assert await lost_ids() == []
+    _silence(sql, other)
+    assert await lost_ids() == [lost]
+    assert await store.lost_jobs(observer, [], lease=None) == []
+    sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [other])
+    assert await lost_ids() == [lost]
+
+
+async def test_dead_daemons_job_is_rescued_once_and_costs_nothing(
+    engine_database: str, claimed_job_factory: Claimed, sql: Sql
+) -> None:
+    """Two daemons see the job of a silent third: one of them runs it, as its first attempt, with one death counted."""
+    job = await claimed_job_factory.beautify(plan="Free")
+    _silence(sql, claimed_job_factory.daemon_id)
+    stages = Stages()
+    async with running_daemon(engine_database, stages) as one, running_daemon(engine_database, stages) as two:
+        done = [asyncio.ensure_future(daemon.events.wait_for(OrderSettled, timeout=20)) for daemon in (one, two)]
+        finished, pending = await asyncio.wait(done, return_when=asyncio.FIRST_COMPLETED)
+        for task in (*finished, *pending):
+            task.cancel()
+        await asyncio.gather(*done, return_exceptions=True)
+        rescues = [event for daemon in (one, two) for event in daemon.seen if isinstance(event, JobsRescued)]
+    assert [(event.count, event.daemon_id) for event in rescues] == [(1, claimed_job_factory.daemon_id)]
+    assert [run for run in stages.runs if run[0] == job.id] == [(job.id, 1)]
+    [row, *_] = claimed_job_factory.orders.jobs(job.order_id or 0)
+    assert (row["status"], row["attempts"], row["deaths"]) == ("succeeded", 1, 1)
+    assert claimed_job_factory.orders.row(job.order_id or 0)["status"] == "completed"
+
+
+async def test_no_rescue_before_a_whole_lease_of_own_beats(engine_database: str, claimed_job_factory: Claimed, sql: Sql) -> None:
+    """A daemon that has just come up, or come back, leaves others' jobs alone until its own beats went well for a lease."""
+    await claimed_job_factory.beautify(plan="Free")
+    _silence(sql, claimed_job_factory.daemon_id)
+    loop = asyncio.get_running_loop()
+    async with running_daemon(engine_database, Stages()) as daemon:
+        began = loop.time()
+        await daemon.events.wait_for(JobsRescued, timeout=20)
+        assert loop.time() - began >= QUICK.lease.total_seconds() * 0.8
+
+
+async def test_poison_is_a_dead_letter_after_so_many_deaths(claimed_job_factory: Claimed, sql: Sql) -> None:
+    """Rests grow from death to death, no attempt is spent, and the last death fails the order with a reason."""
+    from jobdaemon.domain.expand import writes_when_dead
+    from jobdaemon.domain.retry import after_death
+
+    store = claimed_job_factory.store
+    job = await claimed_job_factory.beautify(plan="Free")
+    order_id = job.order_id
+    assert order_id is not None
+    for death in range(1, MAX_DEATHS + 1):
+        transition = after_death(job, dead=lambda reason, job=job: writes_when_dead(job, reason))  # type: ignore[misc]
+        await store.commit([transition], daemon_id=None)
+        if death < MAX_DEATHS:
+            [row] = claimed_job_factory.orders.jobs(order_id)
+            assert (row["status"], row["attempts"], row["deaths"]) == ("todo", 0, death)
+            sql.execute("UPDATE jobdaemon.procrastinate_jobs SET scheduled_at = NULL")
+            [job] = await claimed_job_factory.claim("beautify")
+    order = claimed_job_factory.orders.row(order_id)
+    assert (order["status"], order["error"]) == ("failed", f"{MAX_DEATHS} workers died while this job ran")
+    assert claimed_job_factory.orders.jobs(order_id)[0]["status"] == "failed"
+
+
+async def test_removed_daemon_registers_again_and_finishes_what_it_runs(
+    engine_database: str, order_factory: Orders, sql: Sql
+) -> None:
+    """When somebody deletes its row a daemon registers anew, what it runs ends in peace, and it claims on."""
+    going, may_go = asyncio.Event(), asyncio.Event()
+
+    async def gate(attempt: Attempt) -> None:
+        going.set()
+        await may_go.wait()
+
+    stages = Stages(gate)
+    async with running_daemon(engine_database, stages) as daemon:
+        before = daemon.supervisor.daemon_id
+        first = order_factory("Free")
+        async with asyncio.timeout(10):
+            await going.wait()
+        sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [before])
+        async with asyncio.timeout(10):
+            while daemon.supervisor.daemon_id == before:
+                await asyncio.sleep(0.05)  # an id is not an event
+        # longer than a lease: its own rescue must not take the job it runs
+        await asyncio.sleep(1.5)
+        settled = daemon.events.expect(OrderSettled, lambda event: event.order_id == first)
+        may_go.set()
+        assert (await settled.wait()).status == "completed"
+    assert all(attempt == 1 for _, attempt in stages.runs)
+    assert len(stages.runs) == len(set(stages.runs))
+
+
+def _killed(sql: Sql, application: str) -> int:
+    """Terminate a daemon's connections of one kind; how many there were."""
+    row = sql.execute(
+        "SELECT count(pg_terminate_backend(pid)) AS n FROM pg_stat_activity"
+        " WHERE application_name LIKE %s AND datname = current_database()",
+        [application],
+    ).fetchone()
+    assert row is not None
+    return int(row["n"])
+
+
+async def test_lost_listening_connection_comes_back(engine_database: str, order_factory: Orders, sql: Sql) -> None:
+    """A LISTEN connection killed by the server is replaced at once, and work enqueued meanwhile is found without the poll."""
+    stages = Stages()
+    async with running_daemon(engine_database, stages, engine=NO_POLL) as daemon:
+        for _ in range(3):
+            done = daemon.events.expect(OrderSettled)
+            async with asyncio.timeout(10):
+                while _killed(sql, "jobdaemon pulse") == 0:
+                    await asyncio.sleep(0.02)  # it is on its way back
+            order_factory("Free")
+            assert (await done.wait(15)).status == "completed"
+
+
+async def test_every_connection_killed_in_the_middle_of_work(engine_database: str, order_factory: Orders, sql: Sql) -> None:
+    """Backends killed again and again, whatever they are doing: every order completes and no attempt is spent."""
+    stages = Stages()
+    async with running_daemon(engine_database, stages, team_size=5) as daemon:
+        orders = [order_factory("Free") for _ in range(30)]
+        wanted = set(orders)
+        all_done = asyncio.Event()
+
+        def note(event: object) -> None:
+            if isinstance(event, OrderSettled):
+                wanted.discard(event.order_id)
+                if not wanted:
+                    all_done.set()
+
+        daemon.events.subscribe(note)
+        async with asyncio.timeout(60):
+            for _ in range(15):
+                _killed(sql, "jobdaemon %")
+                await asyncio.sleep(0.1)  # let some work through between two kills
+            while {order_factory.row(order_id)["status"] for order_id in orders} != {"completed"}:
+                await asyncio.sleep(0.1)  # an order that was settled by a commit whose answer was lost tells nobody
+    for order_id in orders:
+        assert [image["status"] for image in order_factory.images(order_id)] == ["stored", "stored"]
+        assert len(order_factory.jobs(order_id)) == 4
+    failed = sql.execute("SELECT * FROM jobdaemon.attempts WHERE outcome IN ('retry', 'failed')").fetchall()
+    assert failed == []
+
+
+async def test_claim_whose_answer_was_lost_is_handed_back(engine_database: str, order_factory: Orders, sql: Sql) -> None:
+    """A job that the database gave to a daemon that never heard of it is noticed by that daemon and run."""
+    stages = Stages()
+    async with running_daemon(engine_database, stages) as daemon:
+        sql.execute("SELECT jobdaemon.pause_queue('beautify')")
+        order_id = order_factory("Free")
+        settled = daemon.events.expect(OrderSettled)
+        sql.execute("UPDATE jobdaemon.queues SET paused = false")
+        # in one statement with the unpausing a real claim could get it first: take it by hand in the daemon's name
+        sql.execute(
+            "UPDATE jobdaemon.procrastinate_jobs SET status = 'doing', worker_id = %s, token = 999999"
+            " WHERE args ->> 'order_id' = %s::text AND status = 'todo'",
+            [daemon.supervisor.daemon_id, str(order_id)],
+        )
+        assert (await settled.wait(15)).status == "completed"
+
+
+@pytest.fixture
+def own_server() -> Iterator[tuple[EmbeddedPostgres, str]]:
+    """A Postgres of the test's own, migrated, that may be stopped."""
+    folder = Path(tempfile.mkdtemp(prefix="jobdaemon-test-"))
+    folder.chmod(0o711)
+    server = EmbeddedPostgres(folder, options={"fsync": "off"})
+    url = server.acquire()
+    try:
+        schema.migrate(url)
+        yield server, url
+    finally:
+        server.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_postgres_restarted_in_the_middle_of_work(own_server: tuple[EmbeddedPostgres, str]) -> None:
+    """While Postgres is away the daemon waits, what runs ends and is committed when it is back, and nothing runs twice."""
+    server, url = own_server
+    await ensure_rows(url)
+    going, may_go = asyncio.Event(), asyncio.Event()
+
+    async def gate(attempt: Attempt) -> None:
+        going.set()
+        await may_go.wait()
+
+    stages = Stages(gate)
+    with psycopg.connect(url, autocommit=True, row_factory=dict_row) as sql:
+        order_id = Orders(sql)("Free")
+    async with running_daemon(url, stages) as daemon:
+        async with asyncio.timeout(15):
+            await going.wait()
+        finished = daemon.events.expect(JobStarted)
+        back = daemon.events.expect(DatabaseBack)
+        await asyncio.to_thread(server.release)
+        may_go.set()
+        # longer than the lease: whoever is back first must not take everybody's jobs for abandoned
+        await asyncio.sleep(1.5)
+        settled = daemon.events.expect(OrderSettled)
+        await asyncio.to_thread(server.acquire)
+        await back.wait(20)
+        await finished.wait(20)
+        assert (await settled.wait(30)).status == "completed"
+    with psycopg.connect(url, autocommit=True, row_factory=dict_row) as sql:
+        rows = Orders(sql).jobs(order_id)
+        assert [(row["status"], row["attempts"], row["deaths"]) for row in rows] == [("succeeded", 1, None)] * 4
+    assert len(stages.runs) == len(set(stages.runs)) == 4
+
+
+async def test_stop_hands_back_unspent(engine_database: str, order_factory: Orders) -> None:
+    """A daemon that must go before its work is done hands it back at once: no attempt, no death, ready for the next."""
+    going = asyncio.Event()
+
+    async def gate(attempt: Attempt) -> None:
+        going.set()
+        await asyncio.Event().wait()
+
+    order_id = order_factory("Free")
+    async with running_daemon(engine_database, Stages(gate)), asyncio.timeout(10):
+        await going.wait()
+    [row] = order_factory.jobs(order_id)
+    assert (row["status"], row["attempts"], row["deaths"], row["worker_id"]) == ("todo", 0, None, None)
+    assert row["scheduled_at"] is None
+
+
+async def test_stop_waits_for_what_ends_within_the_grace(engine_database: str, order_factory: Orders) -> None:
+    """The first signal only stops claiming: an attempt that ends within the grace is committed as a success."""
+    going, may_go = asyncio.Event(), asyncio.Event()
+
+    async def gate(attempt: Attempt) -> None:
+        going.set()
+        await may_go.wait()
+
+    order_id = order_factory("Free")
+    async with running_daemon(engine_database, Stages(gate)) as daemon:
+        async with asyncio.timeout(10):
+            await going.wait()
+        daemon.supervisor.stop("SIGTERM")
+        may_go.set()
+        async with asyncio.timeout(10):
+            await daemon.task
+    statuses = [row["status"] for row in order_factory.jobs(order_id)]
+    assert statuses == ["succeeded", "todo"]
+
+
+async def test_handed_back_twice_is_harmless(store: PostgresJobStore, claimed_job_factory: Claimed) -> None:
+    """A hand-back whose answer was lost is sent again and changes nothing, even after somebody else claimed the job."""
+    job = await claimed_job_factory.beautify(plan="Free")
+    back = Transition(job, End.HANDED_BACK)
+    await store.commit([back], daemon_id=None)
+    [again] = await claimed_job_factory.claim("beautify")
+    await store.commit([back], daemon_id=None)
+    [row] = claimed_job_factory.orders.jobs(job.order_id or 0)
+    assert (row["status"], row["token"]) == ("doing", again.token)
