@@ -75,6 +75,8 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo has no t
         connection = connect(dburi.url)
         connection.execute(f"SET search_path = {SCHEMA}, pg_temp")
         connection.execute("SET client_min_messages = warning")
+        # A migration that cannot have its lock soon gives up instead of making everybody queue behind it.
+        connection.execute("SET lock_timeout = '10s'")
         return connection
 
 

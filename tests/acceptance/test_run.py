@@ -23,7 +23,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @contextmanager
 def notify_socket(path: Path) -> Iterator[tuple[socket.socket, Callable[[str], str]]]:
-    """systemd's end of the notify protocol; the function waits for a message that holds some words."""
+    """Systemd's end of the notify protocol; the function waits for a message that holds some words."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
         server.bind(str(path))
         server.settimeout(30)
@@ -78,10 +78,8 @@ def silence(server: socket.socket) -> None:
     server.settimeout(30)
 
 
-def test_orders_enqueued_by_sql_are_made_by_the_daemon(
-    jobdaemon: Command, start: Start, tmp_path: Path, data_dir: Path
-) -> None:
-    """psql's way in: a transaction that is rolled back leaves nothing, one that is committed is made."""
+def test_orders_enqueued_by_sql_are_made_by_the_daemon(jobdaemon: Command, start: Start, tmp_path: Path, data_dir: Path) -> None:
+    """Psql's way in: a transaction that is rolled back leaves nothing, one that is committed is made."""
     address = tmp_path / "notify"
     with EmbeddedPostgres(data_dir) as server, notify_socket(address) as (_, receive):
         url = server.acquire()

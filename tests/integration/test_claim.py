@@ -98,7 +98,9 @@ async def test_lowered_limit_stops_claims_until_the_surplus_ran_out(
     assert len(await store.claim("beautify", daemon_id, 3)) == 1
 
 
-async def test_scheduled_job_waits_for_its_promotion(store: PostgresJobStore, daemon_id: int, job_factory: Jobs, sql: Sql) -> None:
+async def test_scheduled_job_waits_for_its_promotion(
+    store: PostgresJobStore, daemon_id: int, job_factory: Jobs, sql: Sql
+) -> None:
     """A job that is not due, or due and not let in yet, is not claimed; promoting lets in what is due."""
     later = job_factory(delay=timedelta(hours=1))
     due = job_factory(delay=timedelta(seconds=-1))
@@ -165,7 +167,7 @@ async def test_unknown_queue_gives_nothing(store: PostgresJobStore, daemon_id: i
 
 
 def test_stock_fetch_never_gets_our_jobs(sql: Sql, job_factory: Jobs, order_factory: Orders) -> None:
-    """procrastinate's own fetch, with and without a list of queues, passes our jobs by and finds those of other queues."""
+    """Procrastinate's own fetch, with and without a list of queues, passes our jobs by and finds those of other queues."""
     order_factory("Free")
     worker = sql.execute("SELECT * FROM jobdaemon.procrastinate_register_worker_v1()").fetchone()
     assert worker is not None

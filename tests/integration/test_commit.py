@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from jobdaemon.db import DatabaseAddress
-from jobdaemon.domain.expand import generate_jobs, WantedImage, upload_job, writes_when_dead
+from jobdaemon.domain.expand import WantedImage, generate_jobs, upload_job, writes_when_dead
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.write import ImageFailed, OrderStarted, Write
@@ -72,7 +72,8 @@ class Line:
         assert generate.order_id is not None
         order_id = generate.order_id
         writes = [
-            generated(order_id, index, upload_job(order_id, 100, index), locator=locator) for index, locator in enumerate(locators, 1)
+            generated(order_id, index, upload_job(order_id, 100, index), locator=locator)
+            for index, locator in enumerate(locators, 1)
         ]
         await self.committer.commit(Transition(generate, End.CHECKPOINT, writes=tuple(writes)))
         await self.end(generate)
@@ -112,7 +113,9 @@ async def test_an_order_goes_through_its_statuses(line: Line) -> None:
     order = line.orders.row(order_id)
     assert (order["status"], order["images_stored"], order["finished_at"]) == ("generating", 1, None)
     assert order["first_image_at"] is not None
-    await line.committer.commit(Transition(generate, End.CHECKPOINT, writes=(generated(order_id, 2, upload_job(order_id, 300, 2)),)))
+    await line.committer.commit(
+        Transition(generate, End.CHECKPOINT, writes=(generated(order_id, 2, upload_job(order_id, 300, 2)),))
+    )
     assert line.status(order_id) == "uploading"
     await line.end(generate)
     await line.end(await line.claim("upload", order_id), stored(order_id, 2))
@@ -186,7 +189,9 @@ async def test_listeners_hear_at_most_ten_times_a_second_and_always_the_end(line
     assert counts == sorted(counts)  # type: ignore[type-var]
 
 
-async def test_untold_change_is_told_even_when_another_daemon_told_meanwhile(store: PostgresJobStore, line: Line, sql: Sql) -> None:
+async def test_untold_change_is_told_even_when_another_daemon_told_meanwhile(
+    store: PostgresJobStore, line: Line, sql: Sql
+) -> None:
     """tell_orders names the orders for which it is still too early, and nothing for orders that ended."""
     order_id, uploads = await line.uploading("artifact:a", "artifact:a")
     sql.execute("UPDATE jobdaemon.orders SET notified_at = now() + interval '1 minute' WHERE id = %s", [order_id])
@@ -260,7 +265,10 @@ async def test_cancel_takes_everything_along(line: Line, sql: Sql) -> None:
         assert row == {"status": "cancelled"}
     order = line.orders.row(order_id)
     assert (order["status"], order["images_stored"], order["finished_at"] is None) == ("cancelled", 1, False)
-    assert [(image["status"], image["locator"]) for image in line.orders.images(order_id)] == [("stored", None), ("cancelled", None)]
+    assert [(image["status"], image["locator"]) for image in line.orders.images(order_id)] == [
+        ("stored", None),
+        ("cancelled", None),
+    ]
     assert sorted(row["status"] for row in line.orders.jobs(order_id)) == ["cancelled", "succeeded", "succeeded", "succeeded"]
     with pytest.raises(psycopg.Error) as caught:
         sql.execute("SELECT jobdaemon.cancel_order(%s)", [2**40])
@@ -272,7 +280,11 @@ async def test_cancel_of_a_completed_order_changes_nothing(line: Line, sql: Sql)
     order_id, uploads = await line.uploading("artifact:a")
     await line.end(uploads[0], stored(order_id, 1))
     assert sql.execute("SELECT jobdaemon.cancel_order(%s, true) AS status", [order_id]).fetchone() == {"status": "completed"}
-    assert {row["task_name"] for row in line.orders.jobs(order_id)} == {"jobdaemon.beautify", "jobdaemon.generate", "jobdaemon.upload"}
+    assert {row["task_name"] for row in line.orders.jobs(order_id)} == {
+        "jobdaemon.beautify",
+        "jobdaemon.generate",
+        "jobdaemon.upload",
+    }
 
 
 async def test_cancel_with_removal_enqueues_it(line: Line, sql: Sql) -> None:
@@ -335,7 +347,9 @@ async def test_redrive_after_dead_generate(line: Line, sql: Sql) -> None:
     generate = await line.generating(2)
     assert generate.order_id is not None
     order_id = generate.order_id
-    await line.committer.commit(Transition(generate, End.CHECKPOINT, writes=(generated(order_id, 1, upload_job(order_id, 1, 1)),)))
+    await line.committer.commit(
+        Transition(generate, End.CHECKPOINT, writes=(generated(order_id, 1, upload_job(order_id, 1, 1)),))
+    )
     await _die(line, generate)
     await line.end(await line.claim("upload", order_id), stored(order_id, 1))
     assert line.status(order_id) == "partial"
@@ -374,7 +388,9 @@ async def test_redrive_after_dead_upload_whose_link_is_gone(line: Line, sql: Sql
     assert [image["status"] for image in line.orders.images(order_id)] == ["pending", "generated"]
     generate = await line.claim("generate.local", order_id)
     assert (generate.id, generate.args["images"]) == (uploads[0].id, [1])
-    await line.committer.commit(Transition(generate, End.CHECKPOINT, writes=(generated(order_id, 1, upload_job(order_id, 1, 1)),)))
+    await line.committer.commit(
+        Transition(generate, End.CHECKPOINT, writes=(generated(order_id, 1, upload_job(order_id, 1, 1)),))
+    )
     await line.end(generate)
     for job in await line.claimed.claim("upload", 5):
         await line.end(job, stored(order_id, job.args["image"]))
@@ -402,7 +418,9 @@ async def test_redrive_of_one_generate_job_leaves_dead_uploads_alone(line: Line,
     generate = await line.generating(2)
     assert generate.order_id is not None
     order_id = generate.order_id
-    await line.committer.commit(Transition(generate, End.CHECKPOINT, writes=(generated(order_id, 1, upload_job(order_id, 1, 1)),)))
+    await line.committer.commit(
+        Transition(generate, End.CHECKPOINT, writes=(generated(order_id, 1, upload_job(order_id, 1, 1)),))
+    )
     await _die(line, generate)
     await _die(line, await line.claim("upload", order_id))
     assert _redrive(sql, job_id=generate.id) == 1

@@ -58,7 +58,12 @@ def test_order_is_one_beautify_job_of_the_plans_priority(order_factory: Orders) 
     assert (order["customer"], order["key"], order["group"], order["params"]) == ("ann", "7", "g", {"seed": 1})
     assert [image["status"] for image in order_factory.images(order_id)] == ["pending", "pending"]
     [job] = order_factory.jobs(order_id)
-    assert (job["queue_name"], job["task_name"], job["priority"], job["status"]) == ("beautify", "jobdaemon.beautify", 300, "todo")
+    assert (job["queue_name"], job["task_name"], job["priority"], job["status"]) == (
+        "beautify",
+        "jobdaemon.beautify",
+        300,
+        "todo",
+    )
 
 
 def test_key_is_exact_under_concurrency(engine_database: str, sql: Sql) -> None:
@@ -165,7 +170,9 @@ def test_bad_source(order_factory: Orders, source: str | None) -> None:
     assert "it must be https://… or artifact:<key>" in str(error)
 
 
-@pytest.mark.parametrize("source", ["https://a.example/x?y=%20#z", "https://[::1]:8443/x", "artifact:sources/ab/c-d_e.jpg", "artifact:...a"])
+@pytest.mark.parametrize(
+    "source", ["https://a.example/x?y=%20#z", "https://[::1]:8443/x", "artifact:sources/ab/c-d_e.jpg", "artifact:...a"]
+)
 def test_good_source(order_factory: Orders, source: str) -> None:
     """What is https or an artifact's key is taken as it is."""
     assert order_factory.row(order_factory("Free", source=source))["source"] == source

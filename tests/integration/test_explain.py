@@ -35,7 +35,9 @@ def crowded(postgres: Any, engine_template: str) -> Iterator[Sql]:
             "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name) SELECT 'upload', 'jobdaemon.x' FROM generate_series(1, 500)"
         )
         # dead letters enough that the index of failed jobs alone would be a long way round
-        connection.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'failed' WHERE queue_name = 'generate.local' AND id % 5 = 0")
+        connection.execute(
+            "UPDATE jobdaemon.procrastinate_jobs SET status = 'failed' WHERE queue_name = 'generate.local' AND id % 5 = 0"
+        )
         connection.execute("VACUUM ANALYZE jobdaemon.procrastinate_jobs")
         yield connection
     postgres.drop_database(name)

@@ -13,7 +13,7 @@ from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.write import CallSubmitted, ImageFailed, OrderStarted
 from jobdaemon.queue.store import Committed, PostgresJobStore
-from tests.factories import Claimed, Jobs, Orders, Sql, beautified, generated, stored
+from tests.factories import Claimed, Jobs, Sql, beautified, generated, stored
 
 ENDS = [End.SUCCEEDED, End.RETRY, End.SNOOZE, End.HANDED_BACK, End.FAILED, End.CHECKPOINT]
 
@@ -117,7 +117,7 @@ async def test_generate_attempt_that_outlives_its_order_succeeded(claimed_job_fa
 
 
 async def test_one_job_aborted_by_stock_means(claimed_job_factory: Claimed, sql: Sql) -> None:
-    """procrastinate's abort of one job ends it where it would run again, and takes its images along."""
+    """Procrastinate's abort of one job ends it where it would run again, and takes its images along."""
     job = await _generate_job(claimed_job_factory)
     assert job.order_id is not None
     sql.execute("SELECT jobdaemon.procrastinate_cancel_job_v1(%s, true, false)", [job.id])

@@ -28,7 +28,9 @@ LEASE = timedelta(seconds=1)
 
 
 def _silence(sql: Sql, daemon_id: int) -> None:
-    sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 hour' WHERE id = %s", [daemon_id])
+    sql.execute(
+        "UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 hour' WHERE id = %s", [daemon_id]
+    )
 
 
 async def test_only_silent_or_removed_workers_lose_their_jobs(

@@ -90,7 +90,10 @@ async def test_more_due_jobs_than_one_batch(engine_database: str, sql: Sql) -> N
             " SELECT 'upload', 'x', now() + interval '0.3 seconds' FROM generate_series(1, 2500)"
         )
         async with asyncio.timeout(15):
-            while sql.execute("SELECT FROM jobdaemon.procrastinate_jobs WHERE scheduled_at IS NOT NULL LIMIT 1").fetchone() is not None:
+            while (
+                sql.execute("SELECT FROM jobdaemon.procrastinate_jobs WHERE scheduled_at IS NOT NULL LIMIT 1").fetchone()
+                is not None
+            ):
                 await asyncio.sleep(0.05)  # rows, no event
 
 

@@ -181,7 +181,7 @@ def test_run_killed_before_it_noted_what_it_did(empty_database: str, monkeypatch
 
 
 def test_procrastinates_migrations_again_on_a_tuned_database(empty_database: str) -> None:
-    """procrastinate's migrations bring back row triggers and functions without a path; migrate puts everything right again."""
+    """Procrastinate's migrations bring back row triggers and functions without a path; migrate puts everything right again."""
     schema.migrate(empty_database)
     folder = Path(SchemaManager.get_migrations_path())
     again = [path for path in sorted(folder.glob("03.0[34].*.sql"))]
@@ -229,7 +229,9 @@ def test_tuned_from_the_start(empty_database: str) -> None:
         idle = sql.execute(
             "SELECT indexname FROM pg_indexes WHERE schemaname = 'jobdaemon' AND indexdef LIKE '%WHERE false' ORDER BY 1"
         ).fetchall()
-        keys = sql.execute("SELECT count(*) AS n FROM pg_constraint WHERE conrelid = 'jobdaemon.procrastinate_events'::regclass AND contype = 'f'")
+        keys = sql.execute(
+            "SELECT count(*) AS n FROM pg_constraint WHERE conrelid = 'jobdaemon.procrastinate_events'::regclass AND contype = 'f'"
+        )
         assert keys.fetchone() == {"n": 0}
     assert len(idle) == 4
 
@@ -246,7 +248,9 @@ def test_every_function_of_ours_has_its_own_path() -> None:
     for path in [*(REPOSITORY / "migrations").glob("*.sql"), REPOSITORY / "jobdaemon/queue/sql/tune.sql"]:
         text = path.read_text()
         made = len(re.findall(r"^CREATE (?:OR REPLACE )?FUNCTION", text, re.MULTILINE))
-        assert text.count("SET search_path = jobdaemon, pg_temp\n") + text.count("SET search_path = jobdaemon, pg_temp SET") == made
+        assert (
+            text.count("SET search_path = jobdaemon, pg_temp\n") + text.count("SET search_path = jobdaemon, pg_temp SET") == made
+        )
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ def test_good_keys(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["", "/a", "a/", "a//b", "..", "a/../b", "./a", "a/.", "a b", "a\n", "a\x00", "ä", "a\\b", "~/a", "x" * (MAX_KEY_BYTES + 1)]
+    "key",
+    ["", "/a", "a/", "a//b", "..", "a/../b", "./a", "a/.", "a b", "a\n", "a\x00", "ä", "a\\b", "~/a", "x" * (MAX_KEY_BYTES + 1)],
 )
 def test_bad_keys(key: str) -> None:
     """Nothing that could leave the store's folder or confuse a URL."""

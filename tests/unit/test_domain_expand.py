@@ -45,9 +45,7 @@ def test_one_generate_job_per_batch() -> None:
     """The jobs go to the provider's queue, with the order's priority and their images' indexes."""
     jobs = generate_jobs(7, 300, "dashscope", [WantedImage(index, "p") for index in range(1, 8)], 5)
     assert [job.args for job in jobs] == [{"order_id": 7, "images": [1, 2, 3, 4, 5]}, {"order_id": 7, "images": [6, 7]}]
-    assert {(job.queue, job.task, job.priority, job.delay) for job in jobs} == {
-        ("generate.dashscope", Task.GENERATE, 300, None)
-    }
+    assert {(job.queue, job.task, job.priority, job.delay) for job in jobs} == {("generate.dashscope", Task.GENERATE, 300, None)}
 
 
 def test_upload_job_brings_one_image() -> None:

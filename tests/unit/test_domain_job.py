@@ -10,7 +10,8 @@ from jobdaemon.domain.job import Job, Task, generate_queue
 
 
 @pytest.mark.parametrize(
-    ("value", "order_id"), [(7, 7), (2**63 - 1, 2**63 - 1), (2**63, None), (0, None), (-1, None), (True, None), ("7", None), (None, None)]
+    ("value", "order_id"),
+    [(7, 7), (2**63 - 1, 2**63 - 1), (2**63, None), (0, None), (-1, None), (True, None), ("7", None), (None, None)],
 )
 def test_order_id_is_a_number_that_a_row_can_have(value: object, order_id: int | None) -> None:
     """What cannot be an order's id is no order: it never reaches a statement."""

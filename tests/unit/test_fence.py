@@ -114,7 +114,7 @@ def test_a_success_with_nothing_to_write_outlives_its_order() -> None:
 
 
 def test_an_aborted_job_takes_its_images_along() -> None:
-    """procrastinate's abort of one job ends it where it would run again; a success stands."""
+    """Procrastinate's abort of one job ends it where it would run again; a success stands."""
     held = replace(DOING, abort_requested=True)
     ruling = rule(Transition(JOB, End.RETRY), held, order_has_ended=False)
     assert ruling.status is JobStatus.ABORTED

@@ -11,7 +11,14 @@ from jobdaemon.domain.write import ImageFailed, OrderFailed, OrderStarted, Write
 from jobdaemon.queue import writes
 from tests.factories import beautified, generated, stored
 
-EVERY: list[Write] = [stored(1, 2), ImageFailed(1, 3, "x", "pending"), OrderStarted(1), generated(1, 4), beautified(1), OrderFailed(2, "y")]
+EVERY: list[Write] = [
+    stored(1, 2),
+    ImageFailed(1, 3, "x", "pending"),
+    OrderStarted(1),
+    generated(1, 4),
+    beautified(1),
+    OrderFailed(2, "y"),
+]
 
 
 def test_writes_run_in_the_order_of_an_orders_life() -> None:

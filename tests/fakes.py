@@ -1,0 +1,147 @@
+"""Fakes of the ports that record what was asked of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.job import Job
+from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
+from jobdaemon.errors import ArtifactMissingError, LeaseLostError, UnsupportedImageError
+from jobdaemon.ports import BeautifiedPhoto, GenerateRequest, ImageRow, OrderRow, ProviderEvent
+
+JPEG = "image/jpeg"
+
+
+def order_row(**changes: object) -> OrderRow:
+    """An order of plan Free whose photo lies in the store."""
+    row = OrderRow(1, "Free", "fake", "artifact:sources/a.jpg", {"seed": 3}, 300, None, has_ended=False)
+    return replace(row, **changes)  # type: ignore[arg-type]
+
+
+def image_row(index: int, prompt: str = "p", status: str = "pending", locator: str | None = None) -> ImageRow:
+    """One image of it."""
+    return ImageRow(index, prompt, status, None, locator, f"orders/1/{index}.jpg" if status == "stored" else None)
+
+
+@dataclass(slots=True)
+class FakeOrders:
+    """OrderReader over values."""
+
+    order: OrderRow | None = field(default_factory=order_row)
+    images: list[ImageRow] = field(default_factory=lambda: [image_row(1), image_row(2)])
+    task_id: str | None = None
+
+    async def load_order(self, order_id: int) -> OrderRow | None:
+        return self.order if self.order is not None and self.order.id == order_id else None
+
+    async def load_images(self, order_id: int) -> list[ImageRow]:
+        return self.images
+
+    async def open_call(self, job_id: int) -> str | None:
+        return self.task_id
+
+
+@dataclass(slots=True)
+class FakeArtifacts:
+    """ArtifactStore in a dict."""
+
+    objects: dict[str, bytes] = field(default_factory=dict)
+    name: str = "fake"
+
+    async def put(self, key: str, content: bytes, media_type: str) -> Artifact:
+        self.objects[key] = content
+        return Artifact(key, hashlib.sha256(content).hexdigest(), len(content), media_type)
+
+    async def get(self, key: str, *, max_bytes: int) -> bytes:
+        if key not in self.objects:
+            raise ArtifactMissingError(f"there is nothing under {key}")
+        if len(self.objects[key]) > max_bytes:
+            raise UnsupportedImageError("too big")
+        return self.objects[key]
+
+    async def delete(self, key: str) -> None:
+        self.objects.pop(key, None)
+
+    def url(self, key: str) -> str | None:
+        return f"https://cdn.example/{key}"
+
+    async def check(self) -> None:
+        """Nothing can be wrong."""
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass(slots=True)
+class FakeBackend:
+    """BeautifyBackend that turns bytes around."""
+
+    calls: list[tuple[bytes, float]] = field(default_factory=list)
+    name: str = "fake"
+
+    async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
+        self.calls.append((photo, strength))
+        return BeautifiedPhoto(photo[::-1], JPEG, 20, 30, 1, 0, "fake 1", "cpu")
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass(slots=True)
+class FakeProvider:
+    """Provider that yields what a test gives it; an exception among the events is raised."""
+
+    script: Sequence[ProviderEvent | Exception] = ()
+    requests: list[GenerateRequest] = field(default_factory=list)
+    closed: int = 0
+    name: str = "fake"
+    max_images_per_call: int = 5
+    is_paid: bool = True
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[ProviderEvent, None]:
+        self.requests.append(request)
+        try:
+            for event in self.script:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            self.closed += 1
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass(slots=True)
+class FakeAttempt:
+    """Attempt that applies the image writes of its checkpoints to a FakeOrders."""
+
+    job: Job
+    orders: FakeOrders
+    checkpoints: list[Write] = field(default_factory=list)
+    lost_after: int | None = None
+    on_checkpoint: Callable[[Write], None] = lambda write: None
+
+    async def checkpoint(self, *writes: Write) -> None:
+        for write in writes:
+            if self.lost_after is not None and len(self.checkpoints) >= self.lost_after:
+                raise LeaseLostError("lost")
+            self.checkpoints.append(write)
+            self.on_checkpoint(write)
+            if isinstance(write, ImageGenerated | ImageFailed):
+                status = "generated" if isinstance(write, ImageGenerated) else "failed"
+                self.orders.images = [
+                    replace(image, status=status) if image.index == write.index else image for image in self.orders.images
+                ]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """ImageFacts."""
+
+    media_type: str = JPEG
+    width: int = 8
+    height: int = 8

@@ -1,0 +1,99 @@
+"""The upload and removal stages."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from jobdaemon.domain.artifact import generated_key, image_key
+from jobdaemon.domain.job import Job, Task
+from jobdaemon.domain.outcome import Done
+from jobdaemon.domain.write import ImagesRemoved, ImageStored
+from jobdaemon.errors import ArtifactMissingError, InvalidOrderError, UnsupportedImageError
+from jobdaemon.stages.upload import RemoveStage, UploadStage
+from tests.fakes import JPEG, Facts, FakeArtifacts, FakeAttempt, FakeOrders, image_row
+
+JOB = Job(9, "upload", Task.UPLOAD, 300, {"order_id": 1, "image": 1}, token=1)
+CONTENT = b"an image"
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+WORK_KEY = generated_key(1, 1, DIGEST, JPEG)
+
+
+def _inspect(content: bytes) -> Facts:
+    if content == b"garbage":
+        raise UnsupportedImageError("this is no image")
+    return Facts()
+
+
+def _stage(orders: FakeOrders, store: FakeArtifacts, fetched: bytes = CONTENT) -> UploadStage:
+    async def fetch(url: str) -> bytes:
+        return fetched
+
+    return UploadStage(orders=orders, store=store, fetch=fetch, inspect=_inspect, max_image_bytes=100)
+
+
+@pytest.mark.parametrize("locator", [f"artifact:{WORK_KEY}", "https://p.example/1?signature=x"])
+async def test_an_image_is_stored_under_its_content(locator: str) -> None:
+    """From the store or from a URL, the image goes under a key of order, index and content, with what is known of it."""
+    orders = FakeOrders(images=[image_row(1, status="generated", locator=locator)])
+    store = FakeArtifacts({WORK_KEY: CONTENT})
+    done = await _stage(orders, store).run(FakeAttempt(JOB, orders))
+    key = image_key(1, 1, DIGEST, JPEG)
+    assert store.objects[key] == CONTENT
+    assert done.writes == (ImageStored(1, 1, key, f"https://cdn.example/{key}", DIGEST, len(CONTENT), 8, 8, JPEG),)
+    assert done.obsolete == ((WORK_KEY,) if locator.startswith("artifact:") else ())
+    assert WORK_KEY in store.objects, "deleted only once the row is committed"
+
+
+async def test_uploaded_twice_is_one_object() -> None:
+    """A second run puts the same bytes under the same key and wants the same row."""
+    orders = FakeOrders(images=[image_row(1, status="generated", locator=f"artifact:{WORK_KEY}")])
+    store = FakeArtifacts({WORK_KEY: CONTENT})
+    first = await _stage(orders, store).run(FakeAttempt(JOB, orders))
+    assert await _stage(orders, store).run(FakeAttempt(JOB, orders)) == first
+    assert len(store.objects) == 2
+
+
+@pytest.mark.parametrize("status", ["pending", "stored", "failed", "cancelled"])
+async def test_an_image_that_is_not_waiting_is_left_alone(status: str) -> None:
+    """Whatever is not generated needs no upload: a success with nothing to write."""
+    orders = FakeOrders(images=[image_row(1, status=status, locator=f"artifact:{WORK_KEY}")])
+    assert await _stage(orders, FakeArtifacts()).run(FakeAttempt(JOB, orders)) == Done()
+
+
+@pytest.mark.parametrize(
+    ("locator", "objects", "error"),
+    [
+        (None, {}, ArtifactMissingError),
+        (f"artifact:{WORK_KEY}", {}, ArtifactMissingError),
+        (f"artifact:{WORK_KEY}", {WORK_KEY: b"other bytes"}, ArtifactMissingError),
+        ("https://p.example/garbage", {}, UnsupportedImageError),
+    ],
+    ids=["no link", "nothing there", "changed", "no image"],
+)
+async def test_what_is_no_whole_image_is_not_stored(
+    locator: str | None, objects: dict[str, bytes], error: type[Exception]
+) -> None:
+    """A lost, changed or undecodable image fails with a reason, and nothing is put."""
+    orders, store = FakeOrders(images=[image_row(1, status="generated", locator=locator)]), FakeArtifacts(dict(objects))
+    with pytest.raises(error):
+        await _stage(orders, store, fetched=b"garbage").run(FakeAttempt(JOB, orders))
+    assert store.objects == objects
+
+
+async def test_an_unknown_image_is_permanent() -> None:
+    """A job for an image that the order does not have."""
+    orders = FakeOrders(images=[image_row(2)])
+    with pytest.raises(InvalidOrderError):
+        await _stage(orders, FakeArtifacts()).run(FakeAttempt(JOB, orders))
+
+
+async def test_removal_deletes_what_is_stored() -> None:
+    """Stored objects go, other images are not touched, and twice is a success."""
+    orders = FakeOrders(images=[image_row(1, status="stored"), image_row(2, status="cancelled")])
+    store = FakeArtifacts({"orders/1/1.jpg": b"1", "orders/2/1.jpg": b"another order's"})
+    for _ in range(2):
+        done = await RemoveStage(orders=orders, store=store).run(FakeAttempt(JOB, orders))
+        assert done == Done((ImagesRemoved(1),))
+    assert list(store.objects) == ["orders/2/1.jpg"]
