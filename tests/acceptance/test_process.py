@@ -166,7 +166,7 @@ def test_an_interrupted_call_is_finished_by_the_next(
     order = json.loads(result.stdout)
     assert order["images_stored"] == 30
     assert len({path.read_bytes() for path in images_of(tmp_path / "out" / "ada")}) == 30
-    stored = [path for path in (data_dir / "artifacts" / "orders" / str(order["order_id"])).iterdir()]
+    stored = list((data_dir / "artifacts" / "orders" / str(order["order_id"])).iterdir())
     assert len(stored) == 30
     assert not [path for path in (data_dir / "artifacts").rglob("work/*/0*") if path.is_file()]
     with EmbeddedPostgres(data_dir) as server, psycopg.connect(server.acquire()) as connection:

@@ -18,7 +18,7 @@ from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.write import ImageFailed, OrderStarted, Write
 from jobdaemon.errors import RetryableError
-from jobdaemon.events import CommitFailed, Event, Events
+from jobdaemon.events import CommitFailed, DatabaseLost, Event, Events
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.store import PostgresJobStore
 from tests.factories import Claimed, Orders, Sql, beautified, generated, stored
@@ -248,7 +248,7 @@ async def test_two_transitions_of_one_job_are_never_in_one_group(line: Line) -> 
     order_id, [upload] = await line.uploading("artifact:a")
     rescue = line.end(upload, end=End.INTERRUPTED)
     end = line.end(upload, stored(order_id, 1))
-    assert await asyncio.gather(rescue, end) == [Verdict.ACCEPTED, Verdict.LEASE_LOST]
+    assert list(await asyncio.gather(rescue, end)) == [Verdict.ACCEPTED, Verdict.LEASE_LOST]
     assert line.orders.images(order_id)[0]["status"] == "generated"
 
 
@@ -256,7 +256,7 @@ async def test_two_transitions_of_one_job_are_never_in_one_group(line: Line) -> 
 
 
 async def test_cancel_takes_everything_along(line: Line, sql: Sql) -> None:
-    """cancel_order ends the order, its waiting jobs and unmade images; what is stored stays; twice is the same; unknown is JD005."""
+    """cancel_order ends order, waiting jobs and unmade images; what is stored stays; twice is the same; unknown is JD005."""
     order_id, uploads = await line.uploading("artifact:a", "https://provider.example/?signature=secret")
     await line.end(uploads[0], stored(order_id, 1))
     await line.end(uploads[1], end=End.HANDED_BACK)
@@ -458,11 +458,9 @@ async def test_redrive_refuses_what_cannot_be(line: Line, sql: Sql) -> None:
 # ---------------------------------------------------------------- many at once
 
 
-async def test_no_deadlock_and_no_lost_end_under_stress(engine_database: str, sql: Sql, daemon_id: int) -> None:
-    """Groups over several orders from two committers, with cancels and redrives between: every job ends, none by an error."""
-    orders = Orders(sql)
-    ids = [orders("Pro", images=10) for _ in range(12)]
-    with psycopg.connect(engine_database) as setup:
+def _all_generated(url: str) -> None:
+    """Bring every order to where only its uploads are left, in an order of their own."""
+    with psycopg.connect(url) as setup:
         setup.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded'")
         setup.execute("UPDATE jobdaemon.images SET status = 'generated', locator = 'artifact:a'")
         setup.execute("UPDATE jobdaemon.orders SET beautified = '{}', started_at = now()")
@@ -471,51 +469,71 @@ async def test_no_deadlock_and_no_lost_end_under_stress(engine_database: str, sq
             " SELECT 'upload', 'jobdaemon.upload', jsonb_build_object('order_id', order_id, 'image', index)"
             " FROM jobdaemon.images ORDER BY random()"
         )
+
+
+async def _upload_all(store: PostgresJobStore, committer: Committer, daemon_id: int) -> None:
+    """Claim and end uploads in groups of any order until none is left; a third of them dies."""
+    while jobs := await store.claim("upload", daemon_id, 15):
+        random.shuffle(jobs)
+        ends = []
+        for job in jobs:
+            assert job.order_id is not None
+            fails = random.random() < 0.3
+            writes = writes_when_dead(job, "x") if fails else (stored(job.order_id, job.args["image"]),)
+            ends.append(committer.commit(Transition(job, End.FAILED if fails else End.SUCCEEDED, writes=writes)))
+        await asyncio.gather(*ends)
+
+
+async def _disturb(url: str, order_ids: list[int], seconds: float) -> None:
+    """Redrive and cancel orders at random; only "was cancelled" is a refusal we expect."""
+    connection = await asyncpg.connect(url)
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    refusals: set[str] = set()
+    try:
+        while loop.time() < until:
+            # a third of the orders is cancelled some time, the others are redriven to the end
+            is_cancel = random.random() < 0.01
+            order_id = random.choice(order_ids[: len(order_ids) // 3] if is_cancel else order_ids)
+            call = "cancel_order($1)" if is_cancel else "redrive($1)"
+            try:
+                await connection.execute(f"SELECT jobdaemon.{call}", order_id)
+            except asyncpg.PostgresError as error:
+                refusals.add(str(error.sqlstate))
+    finally:
+        await connection.close()
+    assert refusals <= {"JD005"}
+
+
+async def test_no_deadlock_and_no_lost_end_under_stress(engine_database: str, sql: Sql, daemon_id: int) -> None:
+    """Groups over several orders from two committers, with cancels and redrives between: every job ends, none by an error."""
+    orders = Orders(sql)
+    ids = [orders("Pro", images=40) for _ in range(12)]
+    _all_generated(engine_database)
     failures: list[Event] = []
     events = Events()
-    events.subscribe(lambda event: failures.append(event) if isinstance(event, CommitFailed) else None)
+    events.subscribe(lambda event: failures.append(event) if isinstance(event, CommitFailed | DatabaseLost) else None)
     stores = [PostgresJobStore(DatabaseAddress(engine_database)) for _ in range(2)]
     committers = [Committer(store, events) for store in stores]
     running = [asyncio.ensure_future(committer.run()) for committer in committers]
-    verdicts: list[Verdict] = []
-
-    async def work(store: PostgresJobStore, committer: Committer) -> None:
-        while jobs := await store.claim("upload", daemon_id, 15):
-            random.shuffle(jobs)
-            ends = []
-            for job in jobs:
-                assert job.order_id is not None
-                fails = random.random() < 0.3
-                writes = writes_when_dead(job, "x") if fails else (stored(job.order_id, job.args["image"]),)
-                ends.append(committer.commit(Transition(job, End.FAILED if fails else End.SUCCEEDED, writes=writes)))
-            verdicts.extend(await asyncio.gather(*ends))
-
-    async def disturb() -> None:
-        connection = await asyncpg.connect(engine_database)
-        try:
-            for _ in range(60):
-                order_id = random.choice(ids)
-                call = random.choice(["redrive($1)", "redrive($1)", "cancel_order($1)"])
-                try:
-                    await connection.execute(f"SELECT jobdaemon.{call}", order_id)
-                except asyncpg.DeadlockDetectedError:
-                    raise
-                except asyncpg.PostgresError as error:
-                    assert "cancelled" in str(error)
-        finally:
-            await connection.close()
-
     async with asyncio.timeout(60):
-        await asyncio.gather(*(work(*pair) for pair in zip(stores, committers, strict=True)), disturb(), disturb())
-        await work(stores[0], committers[0])
+        disturbing = asyncio.gather(*(_disturb(engine_database, ids, 3.0) for _ in range(2)))
+        while not disturbing.done():
+            await asyncio.gather(*(_upload_all(*pair, daemon_id) for pair in zip(stores, committers, strict=True)))
+        await disturbing
+        await _upload_all(stores[0], committers[0], daemon_id)
     for task in running:
         task.cancel()
     for store in stores:
         await store.close()
     assert failures == []
-    row = sql.execute("SELECT count(*) AS n FROM jobdaemon.procrastinate_jobs WHERE status IN ('todo', 'doing')").fetchone()
-    assert row == {"n": 0}
-    statuses = {orders.row(order_id)["status"] for order_id in ids}
-    assert statuses <= {"completed", "partial", "failed", "cancelled"}
+    left = sql.execute("SELECT count(*) AS n FROM jobdaemon.procrastinate_jobs WHERE status IN ('todo', 'doing')").fetchone()
+    assert left == {"n": 0}
+    ends = sql.execute(
+        "SELECT count(*) AS n FROM jobdaemon.procrastinate_events WHERE type IN ('succeeded', 'failed')"
+    ).fetchone()
+    assert ends is not None
+    assert ends["n"] > 300, "there was some stress"
+    assert {orders.row(order_id)["status"] for order_id in ids} <= {"completed", "partial", "failed", "cancelled"}
     deadlocks = sql.execute("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()").fetchone()
     assert deadlocks == {"deadlocks": 0}

@@ -226,7 +226,7 @@ def test_nothing_at_all(order_factory: Orders) -> None:
 
 def test_nulls_that_mean_nothing_said(order_factory: Orders) -> None:
     """NULL customer, key, prompts, images, provider, at and group mean the defaults."""
-    nothing = dict.fromkeys(("customer", "key", "prompts", "images", "provider", "at", "group"))
+    nothing: dict[str, Any] = dict.fromkeys(("customer", "key", "prompts", "images", "provider", "at", "group"))
     order = order_factory.row(order_factory("Start", **nothing))
     assert (order["customer"], order["key"], order["images_total"], order["provider"]) == ("", None, 30, "local")
 

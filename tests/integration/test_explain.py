@@ -32,7 +32,8 @@ def crowded(postgres: Any, engine_template: str) -> Iterator[Sql]:
             )
         connection.execute("ALTER TABLE jobdaemon.procrastinate_jobs ENABLE TRIGGER USER")
         connection.execute(
-            "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name) SELECT 'upload', 'jobdaemon.x' FROM generate_series(1, 500)"
+            "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name)"
+            " SELECT 'upload', 'jobdaemon.x' FROM generate_series(1, 500)"
         )
         # dead letters enough that the index of failed jobs alone would be a long way round
         connection.execute(
@@ -80,14 +81,12 @@ def test_running_jobs_are_counted_from_their_index(crowded: Sql) -> None:
 
 def test_claims_stay_cheap(crowded: Sql) -> None:
     """Over 200 claims of the function itself none touches more than a few hundred pages."""
-    touched: list[int] = []
     with crowded.transaction(force_rollback=True):
         row = crowded.execute("SELECT * FROM jobdaemon.procrastinate_register_worker_v1()").fetchone()
         assert row is not None
         [worker] = row.values()
-        for _ in range(200):
-            touched.append(_explain(crowded, f"SELECT * FROM jobdaemon.claim_jobs('upload', {worker}, 1)")[1])
-    touched.sort()
+        claim = f"SELECT * FROM jobdaemon.claim_jobs('upload', {worker}, 1)"
+        touched = sorted(_explain(crowded, claim)[1] for _ in range(200))
     assert touched[197] < 400, touched[-10:]
     assert touched[-1] < 2000, touched[-10:]
 

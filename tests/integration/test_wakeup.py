@@ -23,7 +23,7 @@ from jobdaemon.events import JobStarted, OrderSettled
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.supervisor import EngineRules
-from tests.daemons import NO_POLL, Stages, running_daemon
+from tests.daemons import NO_POLL, Stages, running_daemon, until
 from tests.factories import Jobs, Orders, Sql
 from tests.fixtures_engine import ensure_rows
 
@@ -89,12 +89,8 @@ async def test_more_due_jobs_than_one_batch(engine_database: str, sql: Sql) -> N
             "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, scheduled_at)"
             " SELECT 'upload', 'x', now() + interval '0.3 seconds' FROM generate_series(1, 2500)"
         )
-        async with asyncio.timeout(15):
-            while (
-                sql.execute("SELECT FROM jobdaemon.procrastinate_jobs WHERE scheduled_at IS NOT NULL LIMIT 1").fetchone()
-                is not None
-            ):
-                await asyncio.sleep(0.05)  # rows, no event
+        waiting = "SELECT FROM jobdaemon.procrastinate_jobs WHERE scheduled_at IS NOT NULL LIMIT 1"
+        await until(lambda: sql.execute(waiting).fetchone() is None)
 
 
 async def test_operators_are_heard_without_the_poll(engine_database: str, order_factory: Orders, sql: Sql) -> None:

@@ -40,7 +40,7 @@ def _applied(url: str) -> list[str]:
 def _snapshot(sql: Sql) -> dict[str, list[str]]:
     """Everything that the schema is: columns, indexes, triggers, constraints, functions with their settings, grants."""
     questions = {
-        "columns": "SELECT table_name || '.' || column_name || ' ' || data_type || ' ' || is_nullable || coalesce(column_default, '')"
+        "columns": "SELECT concat_ws(' ', table_name, column_name, data_type, is_nullable, column_default)"
         " FROM information_schema.columns WHERE table_schema = 'jobdaemon'",
         "indexes": "SELECT indexdef FROM pg_indexes WHERE schemaname = 'jobdaemon'",
         "triggers": "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal",
@@ -121,7 +121,7 @@ def test_newer_schema(empty_database: str, name: str, refused: bool) -> None:
         assert schema.migrate(empty_database) == []
         return
     for act in (state.require_usable, lambda: schema.migrate(empty_database)):
-        with pytest.raises(SchemaVersionError, match="newer than this program.*9001_post_future.*upgrade jobdaemon"):
+        with pytest.raises(SchemaVersionError, match=r"newer than this program.*9001_post_future.*upgrade jobdaemon"):
             act()
 
 
@@ -172,9 +172,10 @@ def test_run_killed_before_it_noted_what_it_did(empty_database: str, monkeypatch
             raise KeyboardInterrupt
         mark_one(backend, migration, **how)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(schema._Backend, "mark_one", dies)
-        schema.migrate(empty_database)
+        with pytest.raises(KeyboardInterrupt):
+            schema.migrate(empty_database)
     assert calls[-1] in schema.migrate(empty_database)
     assert schema.migrate(empty_database) == []
     assert sorted(_applied(empty_database)) == sorted(schema_version.known_migrations())
@@ -184,7 +185,7 @@ def test_procrastinates_migrations_again_on_a_tuned_database(empty_database: str
     """Procrastinate's migrations bring back row triggers and functions without a path; migrate puts everything right again."""
     schema.migrate(empty_database)
     folder = Path(SchemaManager.get_migrations_path())
-    again = [path for path in sorted(folder.glob("03.0[34].*.sql"))]
+    again = sorted(folder.glob("03.0[34].*.sql"))
     assert again
     with _connect(empty_database) as sql:
         before = _snapshot(sql)
@@ -230,7 +231,8 @@ def test_tuned_from_the_start(empty_database: str) -> None:
             "SELECT indexname FROM pg_indexes WHERE schemaname = 'jobdaemon' AND indexdef LIKE '%WHERE false' ORDER BY 1"
         ).fetchall()
         keys = sql.execute(
-            "SELECT count(*) AS n FROM pg_constraint WHERE conrelid = 'jobdaemon.procrastinate_events'::regclass AND contype = 'f'"
+            "SELECT count(*) AS n FROM pg_constraint"
+            " WHERE conrelid = 'jobdaemon.procrastinate_events'::regclass AND contype = 'f'"
         )
         assert keys.fetchone() == {"n": 0}
     assert len(idle) == 4

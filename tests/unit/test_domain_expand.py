@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def test_batches_share_out_every_image_once(images: list[WantedImage], images_pe
 def test_batches_are_as_few_as_can_be(images: list[WantedImage], images_per_call: int) -> None:
     """Two neighbouring batches of one prompt would not fit into one call."""
     cut = batches(images, images_per_call)
-    for one, two in zip(cut, cut[1:], strict=False):
+    for one, two in pairwise(cut):
         assert one.prompt != two.prompt or len(one.images) == images_per_call
 
 
