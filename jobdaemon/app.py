@@ -220,7 +220,8 @@ def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[
         queue = settings.queue(name)
         policy = RetryPolicy(queue.attempts, queue.backoff, queue.backoff_cap, queue.jitter)
         if queue.team_size > 0:
-            rules[name] = QueueRules(queue.team_size, AttemptRules(queue.run_timeout, policy))
+            # An upload knows what it has stored only when it ends.
+            rules[name] = QueueRules(queue.team_size, AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE))
     return rules
 
 

@@ -62,6 +62,7 @@ CREATE TABLE orders (
 );
 CREATE UNIQUE INDEX orders_customer_key_idx ON orders (customer, key) WHERE key IS NOT NULL;
 CREATE INDEX orders_open_idx ON orders (plan, customer) WHERE finished_at IS NULL;
+CREATE INDEX orders_expiry_idx ON orders (expires_at) WHERE finished_at IS NULL;
 CREATE INDEX orders_group_idx ON orders ("group") WHERE "group" IS NOT NULL;
 
 CREATE TABLE images (

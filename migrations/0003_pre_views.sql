@@ -11,9 +11,9 @@ SELECT
     (SELECT count(*) FROM procrastinate_jobs j WHERE j.queue_name = q.name AND j.status = 'failed') AS failed,
     -- Since it last became ready: the newest of its deferral, its due time and its last hand-back.
     (SELECT extract(epoch FROM now() - e.at)::double precision
-        FROM (SELECT j.id FROM procrastinate_jobs j
-            WHERE j.queue_name = q.name AND j.status = 'todo' AND j.scheduled_at IS NULL
-            ORDER BY j.id LIMIT 1) AS oldest
+        -- + 0 keeps the planner from walking the primary key through everything that has ended
+        FROM (SELECT min(j.id + 0) AS id FROM procrastinate_jobs j
+            WHERE j.queue_name = q.name AND j.status = 'todo' AND j.scheduled_at IS NULL) AS oldest
         CROSS JOIN LATERAL (SELECT max(ev.at) AS at FROM procrastinate_events ev
             WHERE ev.job_id = oldest.id AND ev.at <= now()) AS e) AS oldest_ready_seconds,
     q.paused,

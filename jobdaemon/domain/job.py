@@ -8,6 +8,9 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
+#: Sorts after every order.
+_NO_ORDER = 2**63
+
 BEAUTIFY_QUEUE = "beautify"
 UPLOAD_QUEUE = "upload"
 
@@ -91,6 +94,10 @@ class Job:
         images = self.args.get("images")
         values = images if isinstance(images, list | tuple) else [self.args.get("image")]
         return tuple(value for value in map(_row_number, values) if value is not None)
+
+    def claim_order(self) -> tuple[int, int, int]:
+        """Sorts jobs of a queue as they are claimed: highest priority, oldest order (work for no order last), oldest job."""
+        return (-self.priority, _NO_ORDER if self.order_id is None else self.order_id, self.id)
 
     @property
     def outlives_its_order(self) -> bool:

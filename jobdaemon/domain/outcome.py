@@ -39,6 +39,7 @@ class Transition:
         error_kind: class of the error that ended the attempt, for ``attempts``.
         error: its sentence.
         seconds: how long the attempt ran.
+        frees_elsewhere: the slot this frees is another daemon's to use.
     """
 
     job: Job
@@ -48,6 +49,7 @@ class Transition:
     error_kind: str | None = None
     error: str | None = None
     seconds: float = 0.0
+    frees_elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,12 @@ class Done:
     Attributes:
         writes: what to commit with the job's end.
         obsolete: artifact keys that nobody needs once that is committed.
+        created: artifact keys that nobody needs if the order turns out to have ended meanwhile.
     """
 
     writes: tuple[Write, ...] = ()
     obsolete: tuple[str, ...] = ()
+    created: tuple[str, ...] = ()
 
 
 class Verdict(StrEnum):

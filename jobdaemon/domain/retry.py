@@ -83,6 +83,7 @@ def after_death(job: Job, *, dead: Callable[[str], tuple[Write, ...]]) -> Transi
     deaths = job.deaths + 1
     if deaths >= MAX_DEATHS:
         reason = f"{deaths} workers died while this job ran"
-        return Transition(job, End.FAILED, writes=dead(reason), error_kind="WorkerDied", error=reason)
+        return Transition(job, End.FAILED, writes=dead(reason), error_kind="WorkerDied", error=reason, frees_elsewhere=True)
     rest = None if deaths == 1 else min(_DEATH_REST * 2.0 ** (deaths - 2), _DEATH_REST_CAP)
-    return Transition(job, End.INTERRUPTED, delay=rest, error_kind="WorkerDied", error="the worker died while this job ran")
+    reason = "the worker died while this job ran"
+    return Transition(job, End.INTERRUPTED, delay=rest, error_kind="WorkerDied", error=reason, frees_elsewhere=True)

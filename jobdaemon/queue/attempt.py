@@ -33,10 +33,17 @@ _OUTCOMES: Mapping[End, Outcome] = {
 
 @dataclass(frozen=True, slots=True)
 class AttemptRules:
-    """How attempts of one queue run and what follows when they fail."""
+    """
+    How attempts of one queue run and what follows when they fail.
+
+    Attributes:
+        is_abortable: whether an attempt is stopped in the middle when its order is cancelled; one that is not runs out, so that
+            it can tidy up what it made.
+    """
 
     run_timeout: timedelta
     retry: RetryPolicy
+    is_abortable: bool = True
 
 
 class RunningAttempt:
@@ -109,8 +116,9 @@ class AttemptRunner:
         seconds = loop.time() - started
         verdict = await self._commit(replace(transition, seconds=seconds))
         self._report(transition, verdict, seconds)
-        if verdict is Verdict.ACCEPTED and done.obsolete:
-            await self._discard(done.obsolete)
+        unneeded = {Verdict.ACCEPTED: done.obsolete, Verdict.ORDER_ENDED: done.created}.get(verdict, ())
+        if unneeded:
+            await self._discard(unneeded)
 
     async def _commit(self, transition: Transition) -> Verdict:
         commit = asyncio.ensure_future(self._committer.commit(transition))

@@ -33,6 +33,8 @@ class Committer:
         self._telling: asyncio.Task[None] | None = None
         #: The daemon whose attempts these are; the supervisor keeps it current.
         self.daemon_id: int | None = None
+        #: Set when this daemon claims no more: the slots its attempts free are for others.
+        self.is_draining = False
 
     async def commit(self, transition: Transition) -> Verdict:
         """Wait until *transition* is committed or refused by the fence; cancelling the wait does not call it back."""
@@ -82,11 +84,12 @@ class Committer:
 
     async def _commit_surely(self, transitions: list[Transition]) -> list[Verdict]:
         loop = asyncio.get_running_loop()
+        wake = [t.job.queue for t in transitions if t.frees_elsewhere or (self.is_draining and t.end is not End.CHECKPOINT)]
         lost_at: float | None = None
         rest_s = _FIRST_REST_S
         while True:
             try:
-                committed = await self._store.commit(transitions, daemon_id=self.daemon_id)
+                committed = await self._store.commit(transitions, daemon_id=self.daemon_id, wake=wake)
             except DatabaseUnavailableError as error:
                 if lost_at is None:
                     lost_at = loop.time()

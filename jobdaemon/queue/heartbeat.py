@@ -30,11 +30,13 @@ class Heartbeat:
         interval: timedelta,
         lease: timedelta,
         register: Callable[[], Awaitable[int]],
+        on_first_beat: Callable[[], None],
         on_stall: Callable[[], None],
     ) -> None:
         """
         Args:
             register: announces this daemon anew; returns its id.
+            on_first_beat: called once, when this daemon lives and listens.
             on_stall: called when this process itself stood still for three quarters of the lease.
         """
         self._store = store
@@ -42,6 +44,7 @@ class Heartbeat:
         self._interval_s = interval.total_seconds()
         self._lease_s = lease.total_seconds()
         self._register = register
+        self._on_first_beat = on_first_beat
         self._on_stall = on_stall
         self._now = asyncio.Event()
         self._steady_since: float | None = None
@@ -98,7 +101,9 @@ class Heartbeat:
             self._lost_at = None
         if self._steady_since is None or (self._last_beat is not None and now - self._last_beat > self._lease_s):
             self._steady_since = now
-        self._last_beat = now
+        is_first, self._last_beat = self._last_beat is None, now
+        if is_first:
+            self._on_first_beat()
 
     async def _beat_once(self) -> None:
         timeout = timedelta(seconds=min(self._interval_s, self._lease_s / 3))

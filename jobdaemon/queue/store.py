@@ -21,12 +21,16 @@ from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
+from jobdaemon.domain.write import OrderFailed
 from jobdaemon.errors import LeaseLostError
 from jobdaemon.ports import ImageRow, OrderRow
 from jobdaemon.queue import fence, sql, writes
 
 #: A job became ready in the queue that is the payload; one will be due later; an operator changed the queue.
-READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL = CHANNELS = ("jobdaemon_jobs", "jobdaemon_scheduled", "jobdaemon_control")
+READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL = "jobdaemon_jobs", "jobdaemon_scheduled", "jobdaemon_control"
+#: The running job whose id is the payload should stop.
+ABORT_CHANNEL = "jobdaemon_abort"
+CHANNELS = (READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL, ABORT_CHANNEL)
 
 _FINAL = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.ABORTED}
 
@@ -48,6 +52,22 @@ class QueueRow:
     is_paused: bool
     team_size: int | None
     has_ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """
+    What a look at the clock brought.
+
+    Attributes:
+        count: due jobs that were let in.
+        next_due: how long until the next one falls due, when that is soon.
+        has_expired: an open order's time is up.
+    """
+
+    count: int
+    next_due: timedelta | None
+    has_expired: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +192,28 @@ class PostgresJobStore:
             except asyncpg.ForeignKeyViolationError as error:
                 raise LeaseLostError("somebody removed this daemon's row") from error
         jobs = [_job(record, queue) for record in records]
-        return sorted(jobs, key=lambda job: (-job.priority, job.id))
+        return sorted(jobs, key=Job.claim_order)
 
-    async def promote(self, limit: int = 1000) -> tuple[int, timedelta | None]:
-        """Let due jobs in; returns how many, and how long until the next one falls due."""
+    async def promote(self, limit: int = 1000) -> Promoted:
+        """Let due jobs in, and look at the clock for what comes next."""
         async with self._upkeep.use() as connection:
             record = await connection.fetchrow(_JOBS["promote"], limit)
         assert record is not None
         next_due_s = record["next_due_s"]
-        return record["promoted"], None if next_due_s is None else timedelta(seconds=max(next_due_s, 0.0))
+        next_due = None if next_due_s is None else timedelta(seconds=max(next_due_s, 0.0))
+        return Promoted(record["promoted"], next_due, record["has_expired"])
+
+    async def expire_orders(self, limit: int = 50) -> list[OrderChange]:
+        """End open orders whose time is up: what waits is cancelled, what runs is asked to stop, the reason is on every image."""
+        async with self._finishes.use() as connection, connection.transaction():
+            expired = await connection.fetch(_ORDERS["lock_expired"], limit)
+            if not expired:
+                return []
+            order_ids = {record["id"] for record in expired}
+            await connection.execute(_JOBS["stop_jobs"], sorted(order_ids))
+            document = json.dumps([writes.row(OrderFailed(record["id"], record["error"])) for record in expired])
+            await connection.execute(_ORDERS["order_failed"], document)
+            return await self._settle(connection, order_ids)
 
     async def lost_jobs(
         self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500
@@ -200,13 +233,14 @@ class PostgresJobStore:
 
     # Committing
 
-    async def commit(self, transitions: Sequence[Transition], *, daemon_id: int | None) -> Committed:
+    async def commit(self, transitions: Sequence[Transition], *, daemon_id: int | None, wake: Iterable[str] = ()) -> Committed:
         """
         Commit a group of transitions in one transaction, each fenced on its own.
 
         Args:
             transitions: at most one per job.
             daemon_id: who ran the attempts, for ``attempts``.
+            wake: queues in which this frees slots that other daemons should use.
 
         Raises:
             DatabaseUnavailableError: whether the group was committed is unknown; sending it again is safe.
@@ -232,6 +266,8 @@ class PostgresJobStore:
             changed |= {ruling.job.order_id for ruling in rulings if ruling.status in _FINAL and ruling.job.order_id is not None}
             await self._end_jobs(connection, [ruling for ruling in rulings if ruling.status is not None], daemon_id)
             changes = await self._settle(connection, changed)
+            if queues := sorted(set(wake)):
+                await connection.execute(_JOBS["wake_queues"], queues)
         return Committed([ruling.verdict for ruling in rulings], changes)
 
     async def _apply_writes(self, connection: db.Connection, transitions: list[Transition]) -> set[int]:

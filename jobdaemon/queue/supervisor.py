@@ -92,6 +92,7 @@ class Supervisor:
             interval=engine.heartbeat,
             lease=engine.lease,
             register=self._register,
+            on_first_beat=lambda: events.emit(DaemonReady(daemon_id=self.daemon_id)),
             on_stall=lambda: events.emit(UpkeepFailed(error="this process stood still for most of its lease", chore="heartbeat")),
         )
         runner = AttemptRunner(stages, self._committer, events, discard=discard)
@@ -129,11 +130,11 @@ class Supervisor:
     def is_progressing(self) -> bool:
         """Whether the loops go round: what the watchdog wants to know. Waiting for the database is progress."""
         now = asyncio.get_running_loop().time()
-        limits = {
-            self._heartbeat.last_turn_s: self._engine.heartbeat.total_seconds(),
-            self._upkeep.last_turn_s: self._engine.poll.total_seconds(),
-        }
-        return all(last == 0.0 or now - last < _STUCK_S + interval_s for last, interval_s in limits.items())
+        turns = (
+            (self._heartbeat.last_turn_s, self._engine.heartbeat.total_seconds()),
+            (self._upkeep.last_turn_s, self._engine.poll.total_seconds()),
+        )
+        return all(last == 0.0 or now - last < _STUCK_S + interval_s for last, interval_s in turns)
 
     def stop(self, reason: str) -> None:
         """Stop claiming and finish; called again, cut short what still runs."""
@@ -167,7 +168,6 @@ class Supervisor:
         services = [asyncio.ensure_future(self._committer.run()), asyncio.ensure_future(self._heartbeat.run())]
         claiming = [asyncio.ensure_future(team.run()) for team in self._teams.values()]
         upkeep = asyncio.ensure_future(self._upkeep.run())
-        self._events.emit(DaemonReady(daemon_id=self.daemon_id))
         stop = asyncio.ensure_future(self._stopping.wait())
         try:
             done, _ = await asyncio.wait({*services, *claiming, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -207,6 +207,7 @@ class Supervisor:
         self, claiming: Sequence[asyncio.Future[None]], upkeep: asyncio.Future[None], services: Sequence[asyncio.Future[None]]
     ) -> None:
         began = asyncio.get_running_loop().time()
+        self._committer.is_draining = True
         await self._say("stopping")
         await _cancel([*claiming, upkeep])
         grace_s = self._engine.stop_grace.total_seconds()

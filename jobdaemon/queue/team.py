@@ -67,6 +67,12 @@ class Team:
         """Look for ready jobs: one was announced, or a slot is free."""
         self._wake.set()
 
+    def abort(self, job_id: int) -> None:
+        """Stop the attempt of this job, if it runs here and may be stopped; its end is committed as the fence decides."""
+        for task, running_id in self._attempts.items():
+            if running_id == job_id and self._rules.is_abortable:
+                task.cancel()
+
     def steer(self, *, is_paused: bool, size: int | None) -> None:
         """Follow what operators set; a smaller team lets the surplus run out."""
         if (is_paused, size) != (self._is_paused, self._operators_size):

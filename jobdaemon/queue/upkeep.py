@@ -15,9 +15,9 @@ from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import after_death
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import Events, JobsRescued, UpkeepFailed
+from jobdaemon.events import Events, JobsRescued, OrderSettled, UpkeepFailed
 from jobdaemon.queue.committer import Committer
-from jobdaemon.queue.store import CONTROL_CHANNEL, READY_CHANNEL, PostgresJobStore
+from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, PostgresJobStore
 from jobdaemon.queue.team import Team
 
 #: The share by which a round may come earlier, so that daemons started together drift apart.
@@ -64,13 +64,17 @@ class Upkeep:
 
     def heard(self, channel: str, payload: str) -> None:
         """React to a notification: wake the team it is for, or this loop; ``""`` says that some may have been missed."""
-        if channel == READY_CHANNEL:
-            if (team := self._teams.get(payload)) is not None:
-                team.wake()
+        if channel == ABORT_CHANNEL:
+            for team in self._teams.values():
+                team.abort(int(payload))
             return
+        named = self._teams.get(payload)
+        if named is not None and channel in (READY_CHANNEL, CONTROL_CHANNEL):
+            named.wake()
         if channel in (CONTROL_CHANNEL, ""):
             self._queues_changed = True
-        self._now.set()
+        if channel != READY_CHANNEL:
+            self._now.set()
 
     async def run(self) -> None:
         """Do rounds until cancelled."""
@@ -102,10 +106,13 @@ class Upkeep:
 
     async def _round(self, is_poll: bool) -> None:
         self._next_due_s = None
-        promoted, next_due = await self._store.promote(_PROMOTE_LIMIT)
-        self._next_due_s = None if next_due is None else next_due.total_seconds()
-        if promoted >= _PROMOTE_LIMIT:
+        promoted = await self._store.promote(_PROMOTE_LIMIT)
+        self._next_due_s = None if promoted.next_due is None else promoted.next_due.total_seconds()
+        if promoted.count >= _PROMOTE_LIMIT:
             self._now.set()  # more may be due
+        if promoted.has_expired:
+            for change in await self._store.expire_orders():
+                self._events.emit(OrderSettled(order_id=change.order_id, status=change.status))
         if is_poll or self._queues_changed:
             self._queues_changed = False
             await self._follow_queues()

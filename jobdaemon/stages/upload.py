@@ -70,6 +70,7 @@ class UploadStage:
                 ),
             ),
             obsolete=() if work_key is None else (work_key,),
+            created=(stored.key,),
         )
 
 

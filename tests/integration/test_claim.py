@@ -12,7 +12,7 @@ import pytest
 from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.job import Job
 from jobdaemon.errors import LeaseLostError
-from jobdaemon.queue.store import PostgresJobStore
+from jobdaemon.queue.store import PostgresJobStore, Promoted
 from tests.factories import Jobs, Orders, Sql
 
 
@@ -47,6 +47,17 @@ async def test_highest_priority_then_oldest(store: PostgresJobStore, daemon_id: 
     rest = await store.claim("upload", daemon_id, 4)
     expected = [ids[key] for key in sorted(ids, key=lambda key: (-key[0], key[1]))]
     assert [job.id for job in first] + [job.id for job in rest] == expected
+
+
+async def test_an_order_keeps_its_age_through_all_stages(store: PostgresJobStore, daemon_id: int, job_factory: Jobs) -> None:
+    """Within a priority the older order's job goes first, however late it was made; work for no order goes last."""
+    without = job_factory(task="mail")
+    young = job_factory(args={"order_id": 9})
+    old = job_factory(args={"order_id": 3})
+    urgent = job_factory(priority=1, args={"order_id": 20})
+    first = await store.claim("upload", daemon_id, 2)
+    rest = await store.claim("upload", daemon_id, 2)
+    assert [job.id for job in (*first, *rest)] == [urgent, old, young, without]
 
 
 async def test_claimed_job_carries_the_row_and_one_token(store: PostgresJobStore, daemon_id: int, job_factory: Jobs) -> None:
@@ -105,10 +116,10 @@ async def test_scheduled_job_waits_for_its_promotion(
     later = job_factory(delay=timedelta(hours=1))
     due = job_factory(delay=timedelta(seconds=-1))
     assert await store.claim("upload", daemon_id, 5) == []
-    promoted, next_due = await store.promote()
-    assert promoted == 1
-    assert next_due is not None
-    assert timedelta(minutes=59) < next_due <= timedelta(hours=1)
+    promoted = await store.promote()
+    assert promoted.count == 1
+    assert promoted.next_due is not None
+    assert timedelta(minutes=59) < promoted.next_due <= timedelta(hours=1)
     assert [job.id for job in await store.claim("upload", daemon_id, 5)] == [due]
     assert job_factory.row(later)["status"] == "todo"
 
@@ -117,13 +128,13 @@ async def test_job_due_at_infinity_hurts_nobody(store: PostgresJobStore, job_fac
     """A job that some app deferred to 'infinity' gives no timer and no error."""
     job_id = job_factory(delay=timedelta(hours=1))
     sql.execute("UPDATE jobdaemon.procrastinate_jobs SET scheduled_at = 'infinity' WHERE id = %s", [job_id])
-    assert await store.promote() == (0, None)
+    assert await store.promote() == Promoted(0, None, has_expired=False)
 
 
 async def test_promote_leaves_foreign_queues_alone(store: PostgresJobStore, job_factory: Jobs) -> None:
     """Due jobs of a queue that is not ours keep their time: it is their stock worker's business."""
     foreign = job_factory("mail", "send", delay=timedelta(seconds=-1))
-    assert await store.promote() == (0, None)
+    assert await store.promote() == Promoted(0, None, has_expired=False)
     assert job_factory.row(foreign)["scheduled_at"] is not None
 
 

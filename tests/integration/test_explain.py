@@ -58,7 +58,8 @@ CANDIDATES = """
     WHERE j.queue_name = 'upload' AND j.status = 'todo' AND j.scheduled_at IS NULL
         AND (j.lock IS NULL OR NOT EXISTS (
             SELECT FROM jobdaemon.procrastinate_jobs d WHERE d.lock = j.lock AND d.status = 'doing'))
-    ORDER BY j.priority DESC, j.id LIMIT 5"""
+    ORDER BY j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id
+    LIMIT 5"""
 
 
 def test_claim_reads_its_own_index_in_order(crowded: Sql) -> None:

@@ -45,10 +45,27 @@ SELECT q.name, q.paused, q.team_size, EXISTS (SELECT FROM jobdaemon.procrastinat
 FROM jobdaemon.queues q WHERE q.name = ANY ($1::text[]);
 
 -- name: promote
--- Lets due jobs in; says how many and in how many seconds the next one falls due, if that is within a day ('infinity' is legal).
+-- Lets due jobs in; says how many, in how many seconds the next one falls due, if that is within a day ('infinity' is legal), and
+-- whether an order has expired.
 SELECT promoted, CASE WHEN next_due < clock_timestamp() + interval '1 day'
-    THEN extract(epoch FROM next_due - clock_timestamp())::float8 END AS next_due_s
+    THEN extract(epoch FROM next_due - clock_timestamp())::float8 END AS next_due_s,
+    EXISTS (SELECT FROM jobdaemon.orders o WHERE o.finished_at IS NULL AND o.expires_at <= now()) AS has_expired
 FROM jobdaemon.promote_jobs($1);
+
+-- name: wake_queues
+-- Slots were freed that this daemon will not use.
+SELECT pg_notify('jobdaemon_jobs', name) FROM unnest($1::text[]) AS name;
+
+-- name: stop_jobs
+-- Ends what waits of these (locked) orders, and asks what runs to stop.
+WITH locked AS (
+    SELECT j.id FROM jobdaemon.procrastinate_jobs j
+    WHERE (j.args ->> 'order_id')::bigint = ANY ($1::bigint[]) AND j.task_name LIKE 'jobdaemon.%' AND j.status IN ('todo', 'doing')
+    ORDER BY j.id FOR UPDATE
+)
+UPDATE jobdaemon.procrastinate_jobs j
+SET status = CASE WHEN j.status = 'todo' THEN 'cancelled' ELSE j.status END, abort_requested = j.status = 'doing'
+FROM locked l WHERE j.id = l.id;
 
 -- name: lost_jobs
 -- Running jobs whose worker is gone or silent for longer than the lease ($1, seconds; NULL: not asked), and those of worker $3

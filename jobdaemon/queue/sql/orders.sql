@@ -67,6 +67,13 @@ FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
 WHERE i.order_id = w.order_id AND i.status = 'stored'
 RETURNING i.order_id, i.index;
 
+-- name: lock_expired
+-- Open orders whose time is up; those that somebody holds are left to the next look.
+SELECT o.id, format('the order expired: it was not finished by %s',
+    to_char(o.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI "UTC"')) AS error
+FROM jobdaemon.orders o WHERE o.finished_at IS NULL AND o.expires_at <= now()
+ORDER BY o.id LIMIT $1 FOR UPDATE SKIP LOCKED;
+
 -- name: settle_orders
 -- Counts the images of these (locked) orders, moves their status on, ends them when nothing is left, and tells listeners: at
 -- once when an order ends, else at most every 100 ms; told = false asks the daemon to tell later.

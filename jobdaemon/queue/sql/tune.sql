@@ -59,6 +59,10 @@ BEGIN
         SELECT n.id, 'scheduled', n.scheduled_at FROM after n JOIN before o ON o.id = n.id
         WHERE n.status = 'todo' AND n.scheduled_at IS NOT NULL
             AND (o.status <> 'todo' OR o.scheduled_at IS DISTINCT FROM n.scheduled_at);
+    -- A running job that somebody wants stopped: its daemon hears of it.
+    PERFORM pg_notify('jobdaemon_abort', n.id::text) FROM after n JOIN before o ON o.id = n.id
+        WHERE n.abort_requested AND NOT o.abort_requested AND n.status = 'doing'
+            AND EXISTS (SELECT FROM queues q WHERE q.name = n.queue_name);
     -- What became ready or due without being inserted: hand-back, rescue, redrive, a stock retry.
     PERFORM pg_notify(CASE WHEN c.is_ready THEN 'jobdaemon_jobs' ELSE 'jobdaemon_scheduled' END, c.queue_name)
         FROM (SELECT DISTINCT n.queue_name, n.scheduled_at IS NULL AS is_ready FROM after n JOIN before o ON o.id = n.id
@@ -127,8 +131,10 @@ BEGIN
         END IF;
     END LOOP;
     FOR v_name, v_wanted IN VALUES
-        -- claim order is index order
-        ('jobs_ready_idx', '(queue_name, priority DESC, id) WHERE status = ''todo'' AND scheduled_at IS NULL'),
+        -- claim order is index order; an order keeps its age through all stages, and only our own tasks name one
+        ('jobs_ready_idx', '(queue_name, priority DESC,
+            (CASE WHEN task_name LIKE ''jobdaemon.%'' THEN (args ->> ''order_id'')::bigint END), id)
+            WHERE status = ''todo'' AND scheduled_at IS NULL'),
         ('jobs_running_idx', '(queue_name, worker_id) WHERE status = ''doing'''),
         ('jobs_scheduled_idx', '(scheduled_at) WHERE status = ''todo'' AND scheduled_at IS NOT NULL'),
         ('jobs_failed_idx', '(queue_name) WHERE status = ''failed'''),
