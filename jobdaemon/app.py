@@ -7,7 +7,8 @@ Heavy libraries are imported where they are chosen, so that a command that only 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,8 +19,8 @@ from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
-from jobdaemon.errors import JobdaemonError, SettingsError
-from jobdaemon.events import Events, UpkeepFailed
+from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
+from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, BeautifyBackend, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.store import PostgresJobStore
@@ -33,17 +34,22 @@ if TYPE_CHECKING:
     from jobdaemon.http import GuardedClient
 
 
+#: Between two tries to start an embedded server that died.
+_REVIVE_S = 1.0
+
+
 def program_version() -> str:
     """This program's version."""
     return version("jobdaemon")
 
 
 @contextmanager
-def database_url(settings: Settings) -> Iterator[str]:
+def database_url(settings: Settings, events: Events | None = None) -> Iterator[str]:
     """
     The configured database, or the embedded one, kept running for as long as the block.
 
-    The embedded database is ours alone, so it is brought up to date here; a configured one is migrated by its operator.
+    Args:
+        events: when they say that the database was lost, the embedded one is started again.
 
     Raises:
         DatabaseUnavailableError: the embedded server does not start.
@@ -55,10 +61,30 @@ def database_url(settings: Settings) -> Iterator[str]:
 
     server = EmbeddedPostgres(settings.data_dir)
     url = server.acquire()
+    closing = threading.Event()
+    unsubscribe = None if events is None else events.subscribe(lambda event: _revive(event, server.acquire, closing))
     try:
         yield url
     finally:
+        closing.set()
+        if unsubscribe is not None:
+            unsubscribe()
         server.release()
+
+
+def _revive(event: Event, acquire: Callable[[], str], closing: threading.Event) -> None:
+    """Start a server that died, in a thread: the event loop must go on."""
+
+    def keep_trying() -> None:
+        while not closing.wait(_REVIVE_S):
+            try:
+                acquire()
+            except DatabaseUnavailableError:
+                continue
+            return
+
+    if isinstance(event, DatabaseLost):
+        threading.Thread(target=keep_trying, name="revive-postgres", daemon=True).start()
 
 
 def address(settings: Settings, url: str) -> DatabaseAddress:

@@ -29,20 +29,24 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
+    """Square cells, but each row is only as high as its tallest picture."""
+
     columns: int
-    rows: int
     cell_px: int
+    row_heights_px: tuple[int, ...]
 
     @property
     def size(self) -> tuple[int, int]:
         width = 2 * _MARGIN_PX + self.columns * self.cell_px + (self.columns - 1) * _GAP_PX
-        height = 2 * _MARGIN_PX + _TITLE_PX + self.rows * (self.cell_px + _CAPTION_PX) + (self.rows - 1) * _GAP_PX
-        return width, height
+        return width, self._top(len(self.row_heights_px)) - _GAP_PX + _MARGIN_PX
 
-    def corner(self, number: int) -> tuple[int, int]:
+    def _top(self, row: int) -> int:
+        return _MARGIN_PX + _TITLE_PX + sum(self.row_heights_px[:row]) + row * (_CAPTION_PX + _GAP_PX)
+
+    def cell(self, number: int) -> tuple[int, int, int]:
+        """Left, top and height of a cell."""
         row, column = divmod(number, self.columns)
-        top = _MARGIN_PX + _TITLE_PX + row * (self.cell_px + _CAPTION_PX + _GAP_PX)
-        return _MARGIN_PX + column * (self.cell_px + _GAP_PX), top
+        return _MARGIN_PX + column * (self.cell_px + _GAP_PX), self._top(row), self.row_heights_px[row]
 
 
 def make_contact_sheet(images: Sequence[tuple[Path, str]], destination: Path, *, title: str) -> None:
@@ -62,36 +66,49 @@ def make_contact_sheet(images: Sequence[tuple[Path, str]], destination: Path, *,
     """
     if not 1 <= len(images) <= MAX_IMAGES:
         raise ValueError(f"A contact sheet shows 1 to {MAX_IMAGES} images, not {len(images)}.")
-    grid = _grid_for(len(images))
+    grid = _grid_for([path for path, _ in images])
     sheet = Image.new("RGB", grid.size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     heading = _font(30)
     draw.text((_MARGIN_PX, _MARGIN_PX), _fitted(draw, title, heading, grid.size[0] - 2 * _MARGIN_PX), _INK, heading)
     for number, (path, caption) in enumerate(images):
-        corner = grid.corner(number)
-        description = _draw_picture(sheet, corner, grid.cell_px, path)
+        left, top, height = grid.cell(number)
+        description = _draw_picture(sheet, (left, top), (grid.cell_px, height), path)
         words = caption or description.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-        _draw_caption(draw, (corner[0], corner[1] + grid.cell_px), grid.cell_px, f"{number + 1}", words)
+        _draw_caption(draw, (left, top + height), grid.cell_px, f"{number + 1}", words)
     _write_atomically(sheet, destination)
 
 
-def _grid_for(count: int) -> _Grid:
+def _grid_for(paths: Sequence[Path]) -> _Grid:
+    count = len(paths)
     columns = count if count <= 3 else 4 if count <= 8 else 6 if count <= 30 else 10
-    return _Grid(columns, -(-count // columns), 420 if columns <= 4 else 300 if columns == 6 else 240)
+    cell = 420 if columns <= 4 else 300 if columns == 6 else 240
+    heights = [_height(path, cell) for path in paths]
+    return _Grid(columns, cell, tuple(max(heights[first : first + columns]) for first in range(0, count, columns)))
 
 
-def _draw_picture(sheet: Image.Image, corner: tuple[int, int], cell: int, path: Path) -> str:
+def _height(path: Path, cell: int) -> int:
+    """How high a picture's thumbnail is; a cell for one that is not there."""
+    try:
+        with Image.open(path) as image:
+            return round(image.height * cell / max(image.size))
+    except Exception:  # noqa: BLE001 -- as in _draw_picture
+        return cell
+
+
+def _draw_picture(sheet: Image.Image, corner: tuple[int, int], size: tuple[int, int], path: Path) -> str:
     """Paste one thumbnail and return its description."""
     left, top = corner
+    cell, height = size
     try:
         thumbnail, description = _thumbnail(path, cell)
     except Exception:  # noqa: BLE001 -- Pillow raises whatever a damaged file provokes; the sheet of the others is still wanted
         draw = ImageDraw.Draw(sheet)
-        draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=_EMPTY)
-        draw.text((left + cell // 2, top + cell // 2), "not available", _FAINT, _font(13), anchor="mm")
+        draw.rectangle((left, top, left + cell - 1, top + height - 1), fill=_EMPTY)
+        draw.text((left + cell // 2, top + height // 2), "not available", _FAINT, _font(13), anchor="mm")
         return ""
     # Standing on the caption line, so that pictures of different shapes line up.
-    sheet.paste(thumbnail, (left + (cell - thumbnail.width) // 2, top + cell - thumbnail.height))
+    sheet.paste(thumbnail, (left + (cell - thumbnail.width) // 2, top + height - thumbnail.height))
     return description
 
 

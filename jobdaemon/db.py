@@ -90,9 +90,17 @@ async def connect(address: DatabaseAddress, *, application_name: str = "jobdaemo
 
 
 def unavailable(error: BaseException) -> str:
-    """One sentence about a lost connection."""
-    text = str(error).strip().splitlines()
-    return f"The database cannot be reached: {text[0] if text else type(error).__name__}"
+    """One sentence about a lost connection; of a URL that cannot be read it repeats nothing, since it may hold a password."""
+    match error:
+        case ValueError():
+            return "The database's URL cannot be read: check database.url."
+        case TimeoutError():
+            reason = "it did not answer in time"
+        case OSError(strerror=str() as strerror):
+            reason = strerror
+        case _:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"The database cannot be reached: {reason}"
 
 
 class Session:

@@ -6,10 +6,12 @@ Every file is written beside its place and renamed, so that a file that is there
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +23,8 @@ from jobdaemon.errors import SettingsError
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".heic", ".heif"})
 ORDER_FILE = "order.json"
+#: A file name may have 255 bytes on most disks.
+_MAX_NAME_BYTES = 200
 CONTACT_SHEET = "contact-sheet.jpg"
 
 
@@ -61,32 +65,43 @@ def make_output_folder(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise SettingsError(f"{folder} cannot be written: {error.strerror}") from error
+        reason = "it is a file, not a folder" if folder.is_file() else error.strerror
+        raise SettingsError(f"{folder} cannot be written: {reason}") from error
 
 
-class FolderNames:
-    """Gives each photo of a run its folder: its stem, and with a piece of its digest where two photos share one."""
+class Folders:
+    """
+    Gives each order its folder: the photo's stem, and with a piece of the wish's digest where that is taken.
+
+    A folder belongs to the wish (photo, plan, prompts) whose ``order.json`` was there first, which also holds between two calls
+    at once; so two photos of one name never mix, and the same call finds its folder again.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._taken: dict[str, str] = {}
 
-    def folder(self, photo: Path, sha256: str) -> Path:
-        """The same photo gets the same folder in every run, as long as the folder's order.json is there."""
-        stem = photo.stem or "photo"
-        for name in (stem, f"{stem}-{sha256[:8]}"):
-            if self._taken.get(name, sha256) == sha256 and _owner(self._root / name) in (None, sha256):
-                break
-        self._taken[name] = sha256
-        return self._root / name
+    def claim(self, photo: Path, wish: str) -> Delivery:
+        """
+        Args:
+            wish: hex digest of what is asked for.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        stem = _folder_name(photo)
+        for name in (stem, f"{stem}-{wish[:8]}"):
+            delivery = Delivery(self._root / name)
+            if delivery.claim(wish):
+                return delivery
+        raise FileExistsError(errno.EEXIST, "its folder belongs to another order", str(self._root / f"{stem}-{wish[:8]}"))
 
 
-def _owner(folder: Path) -> str | None:
-    try:
-        document = json.loads((folder / ORDER_FILE).read_text(encoding="utf-8"))
-        return str(document["photo_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _folder_name(photo: Path) -> str:
+    """The stem as one plain name inside the output folder, short enough for a disk with a digest behind it."""
+    stem = photo.stem.strip(". ")
+    while len(os.fsencode(stem)) > _MAX_NAME_BYTES:
+        stem = stem[:-1]
+    return stem or "photo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +109,33 @@ class Delivery:
     """The folder of one photo."""
 
     folder: Path
+
+    def claim(self, wish: str) -> bool:
+        """Make the folder this wish's own; False when it is another's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{ORDER_FILE}.{os.getpid()}"
+        try:
+            temporary.write_text(as_json({"wish": wish, "status": "waiting"}) + "\n")
+            # A link, unlike a rename, never replaces what is there.
+            os.link(temporary, self.folder / ORDER_FILE)
+        except FileExistsError:
+            return self._owner() == wish
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def _owner(self) -> str | None:
+        try:
+            return str(json.loads((self.folder / ORDER_FILE).read_text(encoding="utf-8"))["wish"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def abandon(self) -> None:
+        """Take back a claim whose order never came to be."""
+        with suppress(OSError):
+            if not any(path.name != ORDER_FILE for path in self.folder.iterdir()):
+                (self.folder / ORDER_FILE).unlink()
+                self.folder.rmdir()
 
     def image_path(self, index: int, media_type: str) -> Path:
         """Where image number *index* (from 1) lies."""

@@ -15,10 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from jobdaemon.delivery import Delivery, FolderNames
+from jobdaemon.delivery import Delivery, Folders
 from jobdaemon.domain.order import ENDED_STATUSES, NewOrder, derive_key
 from jobdaemon.errors import InvalidOrderError, JobdaemonError, RefusedError, UnsupportedImageError
-from jobdaemon.intake import read_photo_file, store_photo
+from jobdaemon.intake import printable, read_photo_file, store_photo
 from jobdaemon.photo import PhotoLimits
 from jobdaemon.ports import ArtifactStore
 from jobdaemon.watch import OrderDesk
@@ -46,6 +46,10 @@ class Wish:
     prompts: tuple[str, ...] | None = None
     images: int | None = None
 
+    def details(self) -> tuple[str, ...]:
+        """What is asked for besides photo and plan, for keys."""
+        return (*(self.prompts or ()), str(self.images or ""))
+
 
 @dataclass(slots=True)
 class PhotoRun:
@@ -56,7 +60,9 @@ class PhotoRun:
         status: waiting, refused, or its order's status.
         error: why it was refused, or what went wrong with its order.
         row: its order's row of ``order_progress``.
+        wish: digest of what is asked for.
         delivered: indexes of the images that lie in the folder.
+        undelivered: why images that are stored do not, by index.
     """
 
     photo: Path
@@ -65,22 +71,30 @@ class PhotoRun:
     order_id: int | None = None
     sha256: str = ""
     source: str = ""
+    wish: str = ""
     delivery: Delivery | None = None
     row: dict[str, Any] = field(default_factory=dict)
     images: list[dict[str, Any]] = field(default_factory=list)
     delivered: set[int] = field(default_factory=set)
+    undelivered: dict[int, str] = field(default_factory=dict)
     is_finished: bool = False
+
+    @property
+    def shown_photo(self) -> str:
+        """The photo's name as it may be printed."""
+        return printable(Path(self.photo.name))
 
     def document(self) -> dict[str, Any]:
         """What ``--json`` and ``order.json`` say of it."""
         shown = [{key: value for key, value in image.items() if key != "media_type"} for image in self.images]
-        folder = None if self.delivery is None else str(self.delivery.folder)
+        folder = None if self.delivery is None else printable(self.delivery.folder)
         row = {key: value for key, value in self.row.items() if key != "error"}
         return row | {
             "status": self.status,
             "error": self.error,
-            "photo": str(self.photo),
+            "photo": printable(self.photo),
             "photo_sha256": self.sha256,
+            "wish": self.wish,
             "folder": folder,
             "images": shown,
         }
@@ -113,7 +127,7 @@ class ForegroundRun:
         self._max_image_bytes = max_image_bytes
         self._on_progress = on_progress
         self._on_finished = on_finished
-        self._names = FolderNames(wish.out)
+        self._folders = Folders(wish.out)
         self.runs = [PhotoRun(photo) for photo in wish.photos]
 
     async def run(self) -> None:
@@ -139,48 +153,51 @@ class ForegroundRun:
         """Enqueue one photo; False when the queue is full and it has to wait for orders of ours to end."""
         try:
             if run.delivery is None:
-                await self._store_photo(run)
-            order = await self._desk.enqueue(self._order(run))
-            run.order_id = order.order_id
-            if not order.created:
-                await self._resume(run)
+                await self._prepare(run)
+            await self._enqueue(run)
         except RefusedError as error:
             if error.sqlstate in QUEUE_FULL:
                 if any(other.order_id is not None and not other.is_finished for other in self.runs):
                     return False
                 self._refuse(run, error)
                 return True
+            if run.delivery is not None:
+                await asyncio.to_thread(run.delivery.abandon)
             raise
         except (InvalidOrderError, UnsupportedImageError) as error:
             self._refuse(run, error)
         return True
 
-    async def _store_photo(self, run: PhotoRun) -> None:
+    async def _prepare(self, run: PhotoRun) -> None:
         photo = await asyncio.to_thread(read_photo_file, run.photo, limits=self._limits)
         run.sha256 = photo.sha256
         run.source = await store_photo(self._artifacts, photo)
-        run.delivery = Delivery(self._names.folder(run.photo, run.sha256))
+        # What is asked for, wherever it goes: the folder belongs to it.
+        digest = derive_key(run.sha256, self._wish.plan, self._wish.details(), "").rpartition("-")[2]
+        try:
+            run.delivery = await asyncio.to_thread(self._folders.claim, run.photo, digest)
+        except OSError as error:
+            raise InvalidOrderError(f"{error.filename} cannot be written: {error.strerror}.") from error
+        run.wish = digest
 
-    def _order(self, run: PhotoRun) -> NewOrder:
+    async def _enqueue(self, run: PhotoRun) -> None:
         assert run.delivery is not None
         wish = self._wish
-        return NewOrder(
-            plan=wish.plan,
-            source=run.source,
-            customer=CUSTOMER,
-            key=derive_key(
-                run.sha256, wish.plan, (*(wish.prompts or ()), str(wish.images or "")), str(run.delivery.folder.absolute())
-            ),
-            prompts=wish.prompts,
-            images=wish.images,
-        )
-
-    async def _resume(self, run: PhotoRun) -> None:
-        """An earlier call made this order: what had failed then gets new attempts now."""
-        assert run.order_id is not None
-        row = (await self._desk.progress([run.order_id]))[run.order_id]
-        if row["status"] in ("failed", "partial"):
-            await self._desk.redrive(run.order_id)
+        key = derive_key(run.sha256, wish.plan, wish.details(), str(run.delivery.folder.absolute()))
+        while True:
+            order = await self._desk.enqueue(
+                NewOrder(plan=wish.plan, source=run.source, customer=CUSTOMER, key=key, prompts=wish.prompts, images=wish.images)
+            )
+            run.order_id = order.order_id
+            if order.created:
+                return
+            # An earlier call made this order: what had failed gets new attempts now, and a cancelled one a successor.
+            status = (await self._desk.progress([order.order_id]))[order.order_id]["status"]
+            if status != "cancelled":
+                if status in ("failed", "partial"):
+                    await self._desk.redrive(order.order_id)
+                return
+            key = f"{key[:200]}:{order.order_id}"
 
     def _refuse(self, run: PhotoRun, error: JobdaemonError) -> None:
         run.status, run.error = "refused", str(error)
@@ -215,19 +232,25 @@ class ForegroundRun:
                     content = await self._artifacts.get(image["object_key"], max_bytes=self._max_image_bytes)
                     await asyncio.to_thread(run.delivery.write_image, index, media_type, content)
                 except (JobdaemonError, OSError) as error:
-                    run.error = f"image {index} could not be brought to {run.delivery.folder}: {error}"
+                    reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+                    run.undelivered[index] = reason
                     continue
+            run.undelivered.pop(index, None)
             run.delivered.add(index)
             self._on_progress(self.runs)
 
     async def _conclude(self, run: PhotoRun) -> None:
         assert run.delivery is not None
-        title = f"{run.photo.name} · {run.row['plan']} · {len(run.delivered)} of {run.row['images_total']} images"
+        title = f"{run.shown_photo} · {run.row['plan']} · {len(run.delivered)} of {run.row['images_total']} images"
+        reasons = list(run.undelivered.values())
         try:
             await asyncio.to_thread(run.delivery.write_contact_sheet, run.images, title)
             await asyncio.to_thread(run.delivery.write_order, run.document())
         except OSError as error:
-            run.error = run.error or f"{run.delivery.folder} cannot be written: {error.strerror}"
+            reasons.append(error.strerror or str(error))
+        if reasons:
+            missing = f"{len(run.undelivered)} of {run.row['images_stored']} images" if run.undelivered else "the contact sheet"
+            run.error = f"{missing} could not be written to {printable(run.delivery.folder)}: {reasons[0]}"
         if run.status == "completed" and len(run.delivered) < run.row["images_total"]:
             run.status = "undelivered"
         self._finish(run)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psycopg
+import psycopg.conninfo
 import psycopg.sql
 from procrastinate.schema import SchemaManager
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.migrations import read_migrations
 
-from jobdaemon.errors import DatabaseUnavailableError, SchemaVersionError
+from jobdaemon.errors import DatabaseUnavailableError, SchemaVersionError, SettingsError
 from jobdaemon.schema_version import compare, is_post, migrations_path
 
 SCHEMA = "jobdaemon"
@@ -48,7 +49,13 @@ def connect(url: str, *, connect_timeout_s: int = 5) -> psycopg.Connection[Any]:
 
     Raises:
         DatabaseUnavailableError: one sentence; the password is never part of it.
+        SettingsError: *url* is no URL.
     """
+    try:
+        psycopg.conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        # libpq quotes the part it cannot read, which may be the password.
+        raise SettingsError("database.url: is not a URL that Postgres can read") from None
     try:
         return psycopg.connect(url, autocommit=True, connect_timeout=connect_timeout_s, application_name="jobdaemon")
     except psycopg.Error as error:
@@ -119,9 +126,24 @@ def _backend(url: str) -> Iterator[Any]:
             backend.connection.close()
 
 
+def _require_empty_schema(connection: psycopg.Connection[Any]) -> None:
+    """A schema of our name that records no migration of ours must hold nothing: it may be somebody else's."""
+    row = connection.execute(
+        "SELECT count(*) FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind = 'r' AND relname NOT LIKE %s",
+        [SCHEMA, "%yoyo%"],
+    ).fetchone()
+    if row is not None and row[0] > 0:
+        raise SchemaVersionError(
+            f"Schema {SCHEMA} of this database belongs to something else: it has {row[0]} tables that are not ours."
+        )
+
+
 def _apply(backend: Any, stage: Stage | None) -> list[str]:
     connection: psycopg.Connection[Any] = backend.connection
-    state = compare(applied_migrations(connection))
+    applied = applied_migrations(connection)
+    if not applied:
+        _require_empty_schema(connection)
+    state = compare(applied)
     if state.unknown_post:
         state.require_usable()
     if stage == "post" and state.pending_pre:

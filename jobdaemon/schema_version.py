@@ -39,12 +39,14 @@ class SchemaState:
         pending_post: known post migrations not applied: harmless.
         unknown_pre: applied pre migrations this program does not know: harmless, a newer program is being rolled out.
         unknown_post: applied post migrations this program does not know: it may rely on what they took away.
+        is_empty: nothing was ever applied.
     """
 
     pending_pre: tuple[str, ...]
     pending_post: tuple[str, ...]
     unknown_pre: tuple[str, ...]
     unknown_post: tuple[str, ...]
+    is_empty: bool
 
     def require_usable(self) -> None:
         """
@@ -56,6 +58,8 @@ class SchemaState:
                 f"The database's schema is newer than this program (it has {self.unknown_post[0]}): "
                 "upgrade jobdaemon on this machine."
             )
+        if self.is_empty:
+            raise SchemaVersionError("The database was never set up for jobdaemon: run `jobdaemon migrate`.")
         if self.pending_pre:
             raise SchemaVersionError(
                 f"The database's schema is out of date ({len(self.pending_pre)} migrations are missing, the first is "
@@ -74,4 +78,5 @@ def compare(applied: Iterable[str], known: Iterable[str] | None = None) -> Schem
         pending_post=tuple(name for name in pending if is_post(name)),
         unknown_pre=tuple(name for name in unknown if not is_post(name)),
         unknown_post=tuple(name for name in unknown if is_post(name)),
+        is_empty=not applied,
     )

@@ -71,6 +71,9 @@ from jobdaemon.units import format_duration, format_size
 
 SYSTEM_CONFIG = Path("/etc/jobdaemon/jobdaemon.toml")
 
+#: What can be chosen; app.py builds each.
+PROVIDERS = ("local",)
+BACKENDS = ("opencv",)
 #: The door's own bound: enqueue_order refuses longer prompts.
 MAX_PROMPT_BYTES = 4000
 
@@ -544,6 +547,10 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
             or_file = f" (or store.r2.{key}_file)" if key in ("access_key_id", "secret_access_key") else ""
             yield Problem(f"store.r2.{key}", f'must be set{or_file}, because store.kind is "r2"')
     yield from _queue_contradictions(settings)
+    if orders.provider not in PROVIDERS:
+        yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
+    if settings.beautify.backend not in BACKENDS:
+        yield Problem("beautify.backend", f"there is no backend {settings.beautify.backend!r}; there is {', '.join(BACKENDS)}")
     for name, plan in settings.plans.items():
         prompts = orders.prompts[name]
         if plan.lift_after >= plan.expires_after:

@@ -108,7 +108,9 @@ SELECT
     d.host,
     d.pid,
     d.version,
-    d.status,
+    -- A daemon that died says nothing any more, least of all that it stopped.
+    CASE WHEN d.status <> 'stopped' AND coalesce(w.last_heartbeat, '-infinity') < now() - interval '30 seconds'
+        THEN 'silent' ELSE d.status END AS status,
     d.queues,
     d.started_at,
     -- -infinity is how a stopped daemon's lease ends at once

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobdaemon.delivery import as_json
+from jobdaemon.intake import printable
 from jobdaemon.process import PhotoRun
 from jobdaemon.progress import Pace
 
@@ -53,19 +54,20 @@ class Display:
             sys.stdout.write(as_json(run.document()) + "\n")
             sys.stdout.flush()
         elif run.delivery is not None and run.delivered:
-            print(f"{run.photo.name}: {len(run.delivered)} images in {run.delivery.folder}", flush=True)
+            print(f"{run.shown_photo}: {len(run.delivered)} images in {printable(run.delivery.folder)}", flush=True)
         if run.error is not None:
             # What the door says of a photo names it already.
-            text = run.error if run.status == "refused" else f"{run.photo}: {run.error}"
+            text = run.error if run.status == "refused" else f"{printable(run.photo)}: {run.error}"
             self._console.print(Text(text), soft_wrap=True)
 
     def _say_changes(self, runs: Sequence[PhotoRun]) -> None:
+        names = [run.photo.name for run in runs]
         for run in runs:
-            state = (run.status, len(run.delivered))
+            state = (_state(run), len(run.delivered))
             if self._said.get(str(run.photo)) != state and run.row:
                 self._said[str(run.photo)] = state
-                done, total = len(run.delivered), run.row["images_total"]
-                print(f"{run.photo.name}: {run.status}, {done}/{total} images", file=sys.stderr, flush=True)
+                name = run.shown_photo if names.count(run.photo.name) == 1 else printable(run.photo)
+                print(f"{name}: {state[0]}, {state[1]}/{run.row['images_total']} images", file=sys.stderr, flush=True)
 
     def _table(self, runs: Sequence[PhotoRun]) -> Group:
         table = Table(box=None, pad_edge=False)
@@ -80,7 +82,7 @@ class Display:
             failed = run.row.get("images_failed", 0)
             images = f"{len(run.delivered)}/{total}" + (f" ({failed} failed)" if failed else "") if total else ""
             bar = ProgressBar(total=max(total, 1), completed=len(run.delivered) + failed, width=24)
-            table.add_row(run.photo.name, str(run.order_id or ""), Text(run.status), images, bar)
+            table.add_row(Text(run.shown_photo), str(run.order_id or ""), Text(_state(run)), images, bar)
         if len(runs) > len(shown):
             table.add_row(f"… and {len(runs) - len(shown)} more", "", "", "", "")
         return Group(table, Text(self._total(runs)))
@@ -90,3 +92,13 @@ class Display:
         total = sum(run.row.get("images_total", 0) for run in runs)
         finished = sum(run.is_finished for run in runs)
         return f"{finished}/{len(runs)} photos, {done}/{total} images{self._pace.text(done, total, time.monotonic())}"
+
+
+def _state(run: PhotoRun) -> str:
+    """A photo's stage, and why it does not move when something holds it up."""
+    if run.status == "completed" and not run.is_finished:
+        return "delivering"
+    waiting_for = run.row.get("waiting_for")
+    return (
+        f"{run.status}, waiting for: {waiting_for}" if waiting_for and not waiting_for.startswith("a free slot") else run.status
+    )

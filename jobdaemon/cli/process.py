@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from jobdaemon.process import ForegroundRun, PhotoRun, Wish
     from jobdaemon.settings import Settings
 
+#: Ctrl-C, a service manager, a terminal that is closed.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def process(
-    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO|DIR...", help="Photos, or folders of photos.")],
+    photos: Annotated[list[str], typer.Argument(metavar="PHOTO|DIR...", help="Photos, or folders of photos.")],
     plan: Annotated[str, typer.Option(help="What to buy: Free, Start or Pro.")] = "Free",
     prompt: Annotated[list[str] | None, typer.Option(help="What to make; repeat it for several.", show_default=False)] = None,
     images: Annotated[int | None, typer.Option(help="Fewer images than the plan gives.", show_default=False)] = None,
@@ -33,6 +36,7 @@ def process(
     """Turn photos into finished images, here and now; the same call again finishes what is missing."""
     from jobdaemon import app
     from jobdaemon.delivery import find_photos, make_output_folder
+    from jobdaemon.errors import SettingsError
     from jobdaemon.events import Events
     from jobdaemon.logs import configure_logs, log_events
     from jobdaemon.process import Wish
@@ -41,9 +45,11 @@ def process(
     configure_logs(settings.log.format, "warning" if settings.log.level == "info" else settings.log.level)
     events = Events()
     log_events(events)
-    wish = Wish(find_photos(photos), out, plan, tuple(prompt) if prompt else None, images)
+    if not all(photos):
+        raise SettingsError("a PHOTO is empty: is a variable in your command not set?")
+    wish = Wish(find_photos([Path(photo) for photo in photos]), out, plan, tuple(prompt) if prompt else None, images)
     make_output_folder(out)
-    with app.database_url(settings) as url:
+    with app.database_url(settings, events) as url:
         if settings.database.url is None:
             asyncio.run(app.prepare_database(settings, url))
         code = asyncio.run(_process(settings, url, events, wish, as_json=as_json))
@@ -91,7 +97,7 @@ async def _work(run: ForegroundRun, worker: Daemon, interrupted: asyncio.Event) 
         interrupted.set()
         supervisor.stop(name)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPS:
         loop.add_signal_handler(number, interrupt, number.name)
     daemon = asyncio.ensure_future(supervisor.run(wait_for_database=False))
     photos = asyncio.ensure_future(run.run())
@@ -104,7 +110,7 @@ async def _work(run: ForegroundRun, worker: Daemon, interrupted: asyncio.Event) 
         if not interrupted.is_set():
             supervisor.stop("done")  # our orders have ended; what else runs here is handed back
         results = await asyncio.gather(daemon, photos, return_exceptions=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _STOPS:
             loop.remove_signal_handler(number)
     for result in results:
         if isinstance(result, Exception):

@@ -19,7 +19,7 @@ def run(config: ConfigFile = None) -> None:
     configure_logs(settings.log.format, settings.log.level)
     events = Events()
     log_events(events)
-    with SystemdNotifier() as notifier, app.database_url(settings) as url:
+    with SystemdNotifier() as notifier, app.database_url(settings, events) as url:
         if settings.database.url is None:
             asyncio.run(app.prepare_database(settings, url))
         asyncio.run(serve(settings, url, events, reload=lambda: load(config), notifier=notifier))

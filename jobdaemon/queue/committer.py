@@ -13,7 +13,7 @@ import asyncio
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.errors import DatabaseUnavailableError, RetryableError
-from jobdaemon.events import CommitFailed, DatabaseBack, DatabaseLost, Events, OrderSettled
+from jobdaemon.events import CommitFailed, Events, OrderSettled
 from jobdaemon.queue.store import OrderChange, PostgresJobStore
 
 MAX_GROUP = 200
@@ -83,22 +83,19 @@ class Committer:
                 future.set_result(verdict)
 
     async def _commit_surely(self, transitions: list[Transition]) -> list[Verdict]:
-        loop = asyncio.get_running_loop()
         wake = [t.job.queue for t in transitions if t.frees_elsewhere or (self.is_draining and t.end is not End.CHECKPOINT)]
-        lost_at: float | None = None
+        is_told = False
         rest_s = _FIRST_REST_S
         while True:
             try:
                 committed = await self._store.commit(transitions, daemon_id=self.daemon_id, wake=wake)
             except DatabaseUnavailableError as error:
-                if lost_at is None:
-                    lost_at = loop.time()
-                    self._events.emit(DatabaseLost(error=str(error)))
+                if not is_told:
+                    is_told = True
+                    self._events.emit(CommitFailed(error=str(error), jobs=len(transitions)))
                 await asyncio.sleep(rest_s)
                 rest_s = min(rest_s * 2, _LONGEST_REST_S)
                 continue
-            if lost_at is not None:
-                self._events.emit(DatabaseBack(seconds=loop.time() - lost_at))
             self._announce(committed.changes)
             return committed.verdicts
 
@@ -107,7 +104,7 @@ class Committer:
         job = transition.job
         # The first line alone: the details quote the row, and with it a signed URL.
         reason = f"the result could not be recorded: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        self._events.emit(CommitFailed(job_id=job.id, error=reason))
+        self._events.emit(CommitFailed(job_id=job.id, error=reason, is_dropped=True))
         if transition.end is End.CHECKPOINT:
             if not future.done():
                 future.set_exception(RetryableError(reason))

@@ -26,6 +26,8 @@ from jobdaemon.queue.team import Team
 from jobdaemon.queue.upkeep import Upkeep
 
 _RECONNECT_S = 1.0
+#: A daemon that waits for its database says so this often; systemd is asked for more time with it.
+_SAY_AGAIN_S = 15.0
 #: A loop that has not turned for this long, database timeouts allowed for, is stuck.
 _STUCK_S = 60.0
 
@@ -179,6 +181,8 @@ class Supervisor:
 
     async def _reach_database(self, wait: bool) -> bool:
         """Check the schema and register; False when the daemon was stopped while it waited."""
+        loop = asyncio.get_running_loop()
+        say_at = loop.time()
         while not self._stopping.is_set():
             try:
                 self._require_schema(await self._store.applied_migrations())
@@ -188,7 +192,9 @@ class Supervisor:
             except DatabaseUnavailableError as error:
                 if not wait:
                     raise
-                self._events.emit(UpkeepFailed(error=str(error), chore="start"))
+                if loop.time() >= say_at:
+                    say_at = loop.time() + _SAY_AGAIN_S
+                    self._events.emit(UpkeepFailed(error=str(error), chore="start"))
             try:
                 async with asyncio.timeout(_RECONNECT_S):
                     await self._stopping.wait()

@@ -126,7 +126,7 @@ STOCK_TRIGGER = (
         ("ALTER FUNCTION jobdaemon.cancel_order RESET ALL", "tuning", "cancel_order has no search_path", "jobdaemon migrate"),
         ("DELETE FROM jobdaemon.plans WHERE name = 'Pro'", "plans", "no plan Pro", "jobdaemon config apply"),
         ("DELETE FROM jobdaemon.queues WHERE name = 'upload'", "plans", "no queue upload", "jobdaemon config apply"),
-        ("DELETE FROM jobdaemon._yoyo_migration", "schema", "out of date", "jobdaemon migrate"),
+        ("DELETE FROM jobdaemon._yoyo_migration", "schema", "never set up", "jobdaemon migrate"),
     ],
 )
 def test_check_names_what_is_broken_and_the_cure(
@@ -190,9 +190,17 @@ def test_a_wrong_password_is_one_sentence_that_does_not_repeat_it(cli: Cli) -> N
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "url", ["postgresql://127.0.0.1:1/x", "postgresql:///x?host=/nowhere", "postgresql://127.0.0.1:1/x?nonsense=1"]
-)
+@pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/x?nonsense=1", "postgresql://u:p%zzsecret@h/d"])
+def test_a_url_that_cannot_be_read_is_a_wrong_setting(cli: Cli, url: str) -> None:
+    """It is named, and no part of it is repeated: it may be the password."""
+    for verb in ("orders", "check"):
+        result = cli(url, verb)
+        assert result.exit_code in (1, 2), result.stderr
+        assert "database.url" in result.output + result.stderr
+        assert "zzsecret" not in result.output + result.stderr
+
+
+@pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/x", "postgresql:///x?host=/nowhere"])
 def test_a_database_that_is_down_is_one_sentence(cli: Cli, url: str) -> None:
     """Every verb that needs the database says that it cannot be reached, with exit code 3."""
     for arguments in (["orders"], ["enqueue", URL], ["migrate"], ["config", "apply"]):

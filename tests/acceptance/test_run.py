@@ -176,3 +176,31 @@ def test_json_logs_hold_one_line_per_event(start: Start, tmp_path: Path) -> None
         daemon.send_signal(signal.SIGTERM)
         _, errors = daemon.communicate(timeout=20)
     assert [json.loads(line)["event"] for line in errors.splitlines()][:2] == ["daemon started", "daemon ready"]
+
+
+def test_an_embedded_postgres_that_is_killed_comes_back(
+    jobdaemon: Command, start: Start, tmp_path: Path, cold_data_dir: Path
+) -> None:
+    """The daemon alone starts it again, and makes the order that was enqueued before."""
+    address = tmp_path / "notify"
+    with notify_socket(address) as (_, receive):
+        daemon = start("run", NOTIFY_SOCKET=str(address))
+        receive("READY=1")
+        result = jobdaemon("enqueue", PORTRAIT, "--plan", "Start", "--json")
+        order_id = json.loads(result.stdout)["order_id"]
+        os.kill(postmaster(cold_data_dir), signal.SIGKILL)
+        assert daemon.stderr is not None
+        for line in daemon.stderr:
+            if json.loads(line)["event"] == "database back":
+                break
+        result = jobdaemon("order", order_id, "--watch")
+        assert result.returncode == 0, result.stderr
+        daemon.send_signal(signal.SIGTERM)
+        daemon.communicate(timeout=20)
+        assert daemon.returncode == 0
+
+
+def postmaster(data_dir: Path) -> int:
+    """The first line of Postgres's own pid file."""
+    [pid_file] = (data_dir / "postgres").rglob("postmaster.pid")
+    return int(pid_file.read_text().split()[0])

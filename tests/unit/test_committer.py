@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,7 +12,7 @@ from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.write import ImageFailed
 from jobdaemon.errors import DatabaseUnavailableError, RetryableError
-from jobdaemon.events import CommitFailed, DatabaseBack, DatabaseLost, Event, Events
+from jobdaemon.events import CommitFailed, Event, Events
 from jobdaemon.queue.committer import MAX_GROUP, Committer
 from jobdaemon.queue.store import Committed
 
@@ -28,7 +28,7 @@ class FakeStore:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def commit(self, transitions: Sequence[Transition], *, daemon_id: int | None) -> Committed:
+    async def commit(self, transitions: Sequence[Transition], *, daemon_id: int | None, wake: Iterable[str] = ()) -> Committed:
         self.groups.append(list(transitions))
         self.asked.set()
         await self.gate.wait()
@@ -92,12 +92,14 @@ async def test_one_transition_per_job_and_group_in_order(committer: Committer, f
 
 
 async def test_a_commit_that_cannot_reach_the_database_is_kept(committer: Committer, fake: FakeStore, seen: list[Event]) -> None:
-    """It is sent again until it is answered; the outage is told once, and its end."""
+    """It is sent again until it is answered; that it waits is told once."""
     fake.away = 2
     fake.gate.set()
     assert await committer.commit(_end(1)) is Verdict.ACCEPTED
     assert len(fake.groups) == 3
-    assert [type(event) for event in seen] == [DatabaseLost, DatabaseBack]
+    [event] = seen
+    assert isinstance(event, CommitFailed)
+    assert not event.is_dropped
 
 
 @pytest.mark.parametrize("refuses_writes", [False, True])
