@@ -168,7 +168,9 @@ def test_an_interrupted_call_is_finished_by_the_next(
     assert len({path.read_bytes() for path in images_of(tmp_path / "out" / "ada")}) == 30
     stored = list((data_dir / "artifacts" / "orders" / str(order["order_id"])).iterdir())
     assert len(stored) == 30
-    assert not [path for path in (data_dir / "artifacts").rglob("work/*/0*") if path.is_file()]
+    if number is signal.SIGINT:
+        # A killed process may have stored an image and not have cleared away what it was made from; an interrupted one has.
+        assert not list((data_dir / "artifacts" / "work" / str(order["order_id"])).glob("0*"))
     with EmbeddedPostgres(data_dir) as server, psycopg.connect(server.acquire()) as connection:
         spent = connection.execute(
             "SELECT count(*) FROM jobdaemon.procrastinate_jobs WHERE attempts <> 1 AND (args ->> 'order_id')::bigint = %s",
