@@ -134,7 +134,7 @@ CREATE TABLE daemons (
     version text NOT NULL,
     -- queue name -> team size
     queues jsonb NOT NULL,
-    status text NOT NULL DEFAULT 'running' CHECK (status IN ('running', 'stopping', 'stopped')),
+    status text NOT NULL DEFAULT 'running' CHECK (status IN ('running', 'draining', 'stopping', 'stopped')),
     started_at timestamptz NOT NULL DEFAULT now(),
     stopped_at timestamptz
 );

@@ -113,9 +113,10 @@ BEGIN
             USING ERRCODE = 'JD003';
     END IF;
 
-    INSERT INTO orders (customer, key, "group", plan, provider, source, params, priority, images_total, expires_at)
+    INSERT INTO orders (customer, key, "group", plan, provider, source, params, priority, images_total, waits_from, expires_at)
         VALUES (v_customer, v_key, nullif(enqueue_order."group", ''), v_plan.name, v_provider, enqueue_order.source,
-                enqueue_order.params, v_plan.priority, v_images, coalesce(v_at, now()) + v_plan.expires_after)
+                enqueue_order.params, v_plan.priority, v_images, coalesce(v_at, now()),
+                coalesce(v_at, now()) + v_plan.expires_after)
         ON CONFLICT (customer, key) WHERE key IS NOT NULL DO NOTHING
         RETURNING id INTO v_id;
     IF v_id IS NULL THEN
@@ -132,7 +133,8 @@ BEGIN
             + CASE WHEN p.n <= v_images % cardinality(v_prompts) THEN 1 ELSE 0 END) AS copy;
 
     PERFORM procrastinate_defer_jobs_v1(ARRAY[ROW('beautify', 'jobdaemon.beautify', v_plan.priority, NULL, NULL,
-        jsonb_build_object('order_id', v_id), v_at)::procrastinate_job_to_defer_v1]);
+        jsonb_build_object('order_id', v_id)
+            || CASE WHEN v_customer <> '' THEN jsonb_build_object('customer', v_customer) ELSE '{}' END, v_at)::procrastinate_job_to_defer_v1]);
     RETURN QUERY SELECT v_id, true;
 END;
 $$;
@@ -221,7 +223,7 @@ BEGIN
     END IF;
     UPDATE procrastinate_jobs j
         SET task_name = 'jobdaemon.generate', queue_name = 'generate.' || coalesce(i.provider, v_order.provider),
-            args = jsonb_build_object('order_id', v_order_id, 'images', jsonb_build_array(i.index))
+            args = (j.args - 'image') || jsonb_build_object('images', jsonb_build_array(i.index))
         FROM images i
         WHERE j.id = ANY (v_jobs) AND i.order_id = v_order_id AND i.index = (j.args ->> 'image')::integer
             AND i.status = 'failed' AND i.locator IS NULL;
@@ -248,50 +250,3 @@ BEGIN
     RETURN cardinality(v_jobs);
 END;
 $$;
-
-CREATE FUNCTION pause_queue(name text) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = jobdaemon, pg_temp
-AS $$
-BEGIN
-    UPDATE queues q SET paused = true WHERE q.name = pause_queue.name;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'unknown queue "%"', left(pause_queue.name, 128) USING ERRCODE = 'JD005';
-    END IF;
-END;
-$$;
-
-CREATE FUNCTION resume_queue(name text) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = jobdaemon, pg_temp
-AS $$
-BEGIN
-    UPDATE queues q SET paused = false WHERE q.name = resume_queue.name;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'unknown queue "%"', left(resume_queue.name, 128) USING ERRCODE = 'JD005';
-    END IF;
-END;
-$$;
-
-CREATE FUNCTION resize_queue(name text, team_size integer DEFAULT NULL, cluster_limit integer DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = jobdaemon, pg_temp
-AS $$
-BEGIN
-    UPDATE queues q SET team_size = coalesce(resize_queue.team_size, q.team_size),
-        cluster_limit = coalesce(resize_queue.cluster_limit, q.cluster_limit)
-        WHERE q.name = resize_queue.name;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'unknown queue "%"', left(resize_queue.name, 128) USING ERRCODE = 'JD005';
-    END IF;
-END;
-$$;
-
--- A plain UPDATE by an operator reaches every daemon too.
-CREATE FUNCTION queues_changed() RETURNS trigger
-LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
-AS $$
-BEGIN
-    NEW.updated_at := now();
-    PERFORM pg_notify('jobdaemon_control', NEW.name);
-    RETURN NEW;
-END;
-$$;
-CREATE TRIGGER queues_changed BEFORE UPDATE ON queues FOR EACH ROW EXECUTE FUNCTION queues_changed();

@@ -23,36 +23,6 @@ SELECT
     q.circuit
 FROM queues q;
 
-CREATE VIEW order_progress AS
-SELECT
-    o.id AS order_id,
-    o.customer,
-    o.plan,
-    o.status,
-    o.images_total,
-    o.images_stored,
-    o.images_failed,
-    ((o.images_stored + o.images_failed)::double precision / o.images_total) AS progress,
-    o.created_at,
-    o.first_image_at,
-    o.finished_at,
-    CASE WHEN o.finished_at IS NULL THEN (
-        SELECT CASE
-            WHEN j.status = 'doing' THEN NULL
-            WHEN q.paused THEN format('queue %s is paused', j.queue_name)
-            WHEN j.scheduled_at > now() THEN format('scheduled until %s in queue %s',
-                to_char(j.scheduled_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), j.queue_name)
-            WHEN NOT EXISTS (SELECT FROM daemons d JOIN procrastinate_workers w ON w.id = d.id
-                WHERE d.queues ? j.queue_name AND w.last_heartbeat > now() - interval '30 seconds')
-                THEN format('no daemon serves queue %s', j.queue_name)
-            ELSE format('a free slot in queue %s', j.queue_name) END
-        FROM procrastinate_jobs j LEFT JOIN queues q ON q.name = j.queue_name
-        WHERE (j.args ->> 'order_id')::bigint = o.id AND j.task_name LIKE 'jobdaemon.%'
-            AND j.status IN ('todo', 'doing')
-        ORDER BY (j.status = 'doing') DESC, j.scheduled_at NULLS FIRST, j.id
-        LIMIT 1) END AS waiting_for
-FROM orders o;
-
 CREATE VIEW order_images AS
 SELECT i.order_id, i.index, i.prompt, i.status, i.url, i.object_key, i.sha256, i.bytes, i.width, i.height, i.media_type, i.error
 FROM images i;

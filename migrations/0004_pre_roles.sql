@@ -28,7 +28,8 @@ BEGIN
     IF to_regrole('jobdaemon_producer') IS NOT NULL THEN
         GRANT USAGE ON SCHEMA jobdaemon TO jobdaemon_producer;
         FOR v_function IN SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'jobdaemon'::regnamespace
-            AND p.proname IN ('enqueue_order', 'cancel_order', 'redrive', 'pause_queue', 'resume_queue', 'resize_queue')
+            AND p.proname IN ('enqueue_order', 'cancel_order', 'redrive', 'pause_queue', 'resume_queue', 'resize_queue',
+                'drain_daemon', 'prioritize_order')
         LOOP
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO jobdaemon_producer', v_function);
         END LOOP;
@@ -39,6 +40,12 @@ BEGIN
             WHERE c.relnamespace = 'jobdaemon'::regnamespace AND c.relkind = 'v'
         LOOP
             EXECUTE format('GRANT SELECT ON %s TO jobdaemon_reader', v_view);
+        END LOOP;
+        -- A view reads tables as its owner but calls functions as its reader.
+        FOR v_function IN SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'jobdaemon'::regnamespace
+            AND p.proname IN ('order_waits_for', 'explain_order', 'explain_job')
+        LOOP
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO jobdaemon_reader', v_function);
         END LOOP;
     END IF;
     IF to_regrole('jobdaemon_daemon') IS NOT NULL THEN

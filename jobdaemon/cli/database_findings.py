@@ -29,7 +29,14 @@ STOCK_TRIGGERS = (
     "procrastinate_trigger_status_events_update_v1",
     "procrastinate_trigger_scheduled_events_v1",
 )
-OUR_INDEXES = ("jobs_ready_idx", "jobs_running_idx", "jobs_scheduled_idx", "jobs_failed_idx", "jobs_order_idx")
+OUR_INDEXES = (
+    "jobs_ready_idx",
+    "jobs_customer_idx",
+    "jobs_running_idx",
+    "jobs_scheduled_idx",
+    "jobs_failed_idx",
+    "jobs_order_idx",
+)
 
 _TRIGGERS = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'jobdaemon.procrastinate_jobs'::regclass AND NOT tgisinternal"
 _INDEXES = """

@@ -13,10 +13,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from jobdaemon.cli import check, config, enqueue, jobs, migrate, orders, queues
+from jobdaemon.cli import check, config, control, enqueue, jobs, migrate, orders, queues
 from jobdaemon.cli.errors import ExitCode, explain, sentence
+from jobdaemon.cli.explain import explain as explain_order
 from jobdaemon.cli.process import process
 from jobdaemon.cli.run import run
+from jobdaemon.cli.sandbox import sandbox
 from jobdaemon.cli.session import show_version
 
 PROGRAM = "jobdaemon"
@@ -122,15 +124,22 @@ for verb, name in (
     (orders.order, "order"),
     (orders.cancel, "cancel"),
     (orders.redrive, "redrive"),
+    (explain_order, "explain"),
     (queues.queues, "queues"),
+    (control.pause, "pause"),
+    (control.resume, "resume"),
     (jobs.jobs, "jobs"),
     (jobs.job, "job"),
     (queues.daemons, "daemons"),
+    (control.drain, "drain"),
     (migrate.migrate, "migrate"),
     (check.check, "check"),
+    (sandbox, "sandbox"),
     (show_version, "version"),
 ):
     app.command(name)(verb)
+app.command("resize", context_settings=control.NEGATIVE_NUMBERS)(control.resize)
+app.command("prioritize", context_settings=control.NEGATIVE_NUMBERS)(control.prioritize)
 app.add_typer(config.app, name="config")
 
 

@@ -106,6 +106,16 @@ def jobs(
     return _rows(connection, _JOBS, {"queue": queue, "status": status, "order": order, "limit": limit})
 
 
+def explained(connection: psycopg.Connection[Any], any_id: int, *, is_job: bool) -> list[Row]:
+    """
+    A row for each reason why a job, or each open job of an order, waits.
+
+    Raises:
+        psycopg.Error: JD005, there is no such order or job.
+    """
+    return _rows(connection, f"SELECT * FROM jobdaemon.explain_{'job' if is_job else 'order'}(%s)", [any_id])  # noqa: S608 - two constants
+
+
 def job_document(connection: psycopg.Connection[Any], job_id: int) -> Row:
     """
     One job, its arguments, ``failed_attempts`` and ``events``.

@@ -28,6 +28,15 @@ class End(StrEnum):
     FAILED = "failed"
 
 
+class Signal(StrEnum):
+    """What an attempt's error says of the queue as a whole."""
+
+    #: the other side is at capacity
+    CAPACITY = "capacity"
+    #: the other side does not answer, or is broken
+    OUTAGE = "outage"
+
+
 @dataclass(frozen=True, slots=True)
 class Transition:
     """
@@ -40,6 +49,8 @@ class Transition:
         error: its sentence.
         seconds: how long the attempt ran.
         frees_elsewhere: the slot this frees is another daemon's to use.
+        signal: what the error says of the queue.
+        retry_after: how long the other side asked us to wait, with a signal.
     """
 
     job: Job
@@ -50,6 +61,8 @@ class Transition:
     error: str | None = None
     seconds: float = 0.0
     frees_elsewhere: bool = False
+    signal: Signal | None = None
+    retry_after: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)

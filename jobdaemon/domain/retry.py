@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from jobdaemon.domain.job import Job
-from jobdaemon.domain.outcome import End, Transition
+from jobdaemon.domain.outcome import End, Signal, Transition
 from jobdaemon.domain.write import Write
-from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, PermanentError, RateLimitedError, RetryableError
+from jobdaemon.errors import (
+    DatabaseUnavailableError,
+    JobdaemonError,
+    PermanentError,
+    ProviderUnavailableError,
+    RateLimitedError,
+    RetryableError,
+    StoreUnavailableError,
+)
 
 #: A worker that dies takes its jobs along, guilty or not: rests grow so that a poison job cannot keep a machine
 #: down, and only this many deaths make a dead letter.
@@ -61,16 +69,21 @@ def after_error(
     kind = type(error).__name__
     reason = str(error) if isinstance(error, JobdaemonError) else f"{kind}: {error}"
     if isinstance(error, RateLimitedError):
-        return Transition(job, End.SNOOZE, delay=error.retry_after or _DEFAULT_SNOOZE, error_kind=kind, error=reason)
+        # Never sooner than asked; spread out, since what was refused together would come back together.
+        delay = (error.retry_after or _DEFAULT_SNOOZE) * (1 + policy.jitter * abs(2 * jitter - 1))
+        return Transition(
+            job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=Signal.CAPACITY, retry_after=error.retry_after
+        )
     if isinstance(error, DatabaseUnavailableError):
         # No fault of the job, and an outage may outlast all its attempts.
         return Transition(job, End.SNOOZE, delay=_DEFAULT_SNOOZE, error_kind=kind, error=reason)
+    signal = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
     if isinstance(error, PermanentError) or job.attempt >= policy.attempts:
-        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason)
+        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason, signal=signal)
     delay = backoff_after(job.attempt, policy, jitter)
     if isinstance(error, RetryableError) and error.retry_after is not None:
         delay = max(delay, error.retry_after)
-    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason)
+    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason, signal=signal)
 
 
 def after_death(job: Job, *, dead: Callable[[str], tuple[Write, ...]]) -> Transition:

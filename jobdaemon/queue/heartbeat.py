@@ -17,6 +17,8 @@ from jobdaemon.events import DatabaseBack, DatabaseLost, Events, UpkeepFailed
 from jobdaemon.queue.store import PostgresJobStore
 
 _REST_WHILE_LOST_S = 0.5
+#: The share of the lease for which a beat is trusted; the rest is for what is done on its strength.
+_TRUSTED = 0.75
 
 
 class Heartbeat:
@@ -49,6 +51,9 @@ class Heartbeat:
         self._now = asyncio.Event()
         self._steady_since: float | None = None
         self._last_beat: float | None = None
+        #: When the last beat that succeeded was sent: the database's clock saw it later.
+        self._leased_at: float | None = None
+        self._beaten = asyncio.Event()
         self._lost_at: float | None = None
         self.daemon_id: int | None = None
         self.last_turn_s = 0.0
@@ -65,6 +70,19 @@ class Heartbeat:
         """
         return self._steady_since is not None and asyncio.get_running_loop().time() - self._steady_since >= self._lease_s
 
+    async def until_lease_holds(self) -> None:
+        """
+        Wait for a beat, unless the last one is recent.
+
+        A job claimed under a lapsed lease is another daemon's at once, while it runs here too. That is what a process that stood
+        still would do when it goes on, since what woke it waits in its sockets, and so would one whose beats do not get through.
+        """
+        loop = asyncio.get_running_loop()
+        while self._leased_at is None or loop.time() - self._leased_at > _TRUSTED * self._lease_s:
+            self._beaten.clear()
+            self._now.set()
+            await self._beaten.wait()
+
     async def run(self) -> None:
         """Beat until cancelled."""
         while True:
@@ -80,7 +98,7 @@ class Heartbeat:
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         self.last_turn_s = began = loop.time()
-        if self._lost_at is None and self._last_beat is not None and began - self._last_beat > 0.75 * self._lease_s:
+        if self._lost_at is None and self._last_beat is not None and began - self._last_beat > _TRUSTED * self._lease_s:
             self._steady_since = None
             self._on_stall()
         try:
@@ -96,6 +114,8 @@ class Heartbeat:
             self._events.emit(UpkeepFailed(error=f"heartbeat: {type(error).__name__}: {error}"))
             return
         now = loop.time()
+        self._leased_at = began
+        self._beaten.set()
         if self._lost_at is not None:
             self._events.emit(DatabaseBack(seconds=now - self._lost_at))
             self._lost_at = None

@@ -25,6 +25,7 @@ from jobdaemon.domain.write import OrderFailed
 from jobdaemon.errors import LeaseLostError
 from jobdaemon.ports import ImageRow, OrderRow
 from jobdaemon.queue import fence, sql, writes
+from jobdaemon.queue.steering import Steering
 
 #: A job became ready in the queue that is the payload; one will be due later; an operator changed the queue.
 READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL = "jobdaemon_jobs", "jobdaemon_scheduled", "jobdaemon_control"
@@ -44,14 +45,18 @@ class QueueRow:
     A queue as it is now.
 
     Attributes:
+        is_draining: whether an operator wants this daemon to claim nothing more.
         team_size: what operators set for every daemon; None leaves it to each daemon's settings.
         has_ready: whether a job is ready in it.
+        opens_in: how long it still rests; None when it does not.
     """
 
     name: str
     is_paused: bool
+    is_draining: bool
     team_size: int | None
     has_ready: bool
+    opens_in: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +68,13 @@ class Promoted:
         count: due jobs that were let in.
         next_due: how long until the next one falls due, when that is soon.
         has_expired: an open order's time is up.
+        has_overdue: an order has waited longer than its plan's ``lift_after``.
     """
 
     count: int
     next_due: timedelta | None
     has_expired: bool
+    has_overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ class PostgresJobStore:
         self._upkeep = db.Session(address, name="upkeep")
         self._reads = db.Session(address, name="read")
         self._pulse = db.Session(address, name="pulse", on_connect=self._listen)
+        self._steering = Steering()
         self._on_notify: Callable[[str, str], None] | None = None
         self._on_silence: Callable[[], None] | None = None
 
@@ -146,10 +154,10 @@ class PostgresJobStore:
             records = await connection.fetch("SELECT migration_id FROM jobdaemon._yoyo_migration")
             return [record["migration_id"] for record in records]
 
-    async def register(self, *, host: str, pid: int, version: str, queues: dict[str, int]) -> int:
-        """Announce this daemon and the queues it serves; returns its id."""
+    async def register(self, *, host: str, pid: int, version: str, queues: dict[str, int], was: int | None = None) -> int:
+        """Announce this daemon, the queues it serves, and the id it had before; returns its id."""
         async with self._upkeep.use() as connection:
-            daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], host, pid, version, json.dumps(queues))
+            daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], host, pid, version, json.dumps(queues), was)
             return daemon_id
 
     async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan]) -> None:
@@ -168,11 +176,28 @@ class PostgresJobStore:
         async with self._upkeep.use() as connection:
             await connection.execute(_JOBS["set_daemon_status"], daemon_id, status)
 
-    async def queue_rows(self, names: Iterable[str]) -> list[QueueRow]:
-        """These queues as they are now."""
+    async def report_team_sizes(self, daemon_id: int, team_sizes: dict[str, int]) -> None:
+        """Tell what this daemon's team sizes are now."""
         async with self._upkeep.use() as connection:
-            records = await connection.fetch(_JOBS["queue_rows"], list(names))
-        return [QueueRow(record["name"], record["paused"], record["team_size"], record["has_ready"]) for record in records]
+            await connection.execute(_JOBS["report_team_sizes"], daemon_id, json.dumps(team_sizes))
+
+    async def queue_rows(self, names: Iterable[str], daemon_id: int) -> list[QueueRow]:
+        """These queues as they are now, for this daemon."""
+        names = list(names)
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_JOBS["queue_rows"], names, daemon_id)
+        self._steering.watch((record["name"] for record in records if record["is_steered"]), among=names)
+        return [
+            QueueRow(
+                record["name"],
+                is_paused=record["paused"],
+                is_draining=record["is_draining"],
+                team_size=record["team_size"],
+                has_ready=record["has_ready"],
+                opens_in=_rest(record["opens_in_s"]),
+            )
+            for record in records
+        ]
 
     # Claiming and upkeep
 
@@ -201,7 +226,7 @@ class PostgresJobStore:
         assert record is not None
         next_due_s = record["next_due_s"]
         next_due = None if next_due_s is None else timedelta(seconds=max(next_due_s, 0.0))
-        return Promoted(record["promoted"], next_due, record["has_expired"])
+        return Promoted(record["promoted"], next_due, record["has_expired"], record["has_overdue"])
 
     async def expire_orders(self, limit: int = 50) -> list[OrderChange]:
         """End open orders whose time is up: what waits is cancelled, what runs is asked to stop, the reason is on every image."""
@@ -214,6 +239,12 @@ class PostgresJobStore:
             document = json.dumps([writes.row(OrderFailed(record["id"], record["error"])) for record in expired])
             await connection.execute(_ORDERS["order_failed"], document)
             return await self._settle(connection, order_ids)
+
+    async def lift_orders(self, limit: int = 20) -> int:
+        """Lift orders that waited longer than their plan's ``lift_after`` over all plans; returns how many, *limit* at most."""
+        async with self._upkeep.use() as connection:
+            lifted: int = await connection.fetchval(_ORDERS["lift_orders"], limit)
+        return lifted
 
     async def lost_jobs(
         self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500
@@ -266,6 +297,8 @@ class PostgresJobStore:
             changed |= {ruling.job.order_id for ruling in rulings if ruling.status in _FINAL and ruling.job.order_id is not None}
             await self._end_jobs(connection, [ruling for ruling in rulings if ruling.status is not None], daemon_id)
             changes = await self._settle(connection, changed)
+            ended_here = [t for t, ruling in zip(transitions, rulings, strict=True) if ruling.status is not None]
+            await self._steering.apply(connection, ended_here)
             if queues := sorted(set(wake)):
                 await connection.execute(_JOBS["wake_queues"], queues)
         return Committed([ruling.verdict for ruling in rulings], changes)
@@ -354,6 +387,10 @@ class PostgresJobStore:
         async with self._reads.use() as connection:
             task_id: str | None = await connection.fetchval(_ORDERS["open_call"], job_id)
             return task_id
+
+
+def _rest(seconds: float | None) -> timedelta | None:
+    return None if seconds is None or seconds <= 0 else timedelta(seconds=min(seconds, 86_400))
 
 
 def _job(record: asyncpg.Record, queue: str) -> Job:

@@ -108,6 +108,7 @@ class Supervisor:
                 events=events,
                 daemon_id=lambda: self.daemon_id,
                 on_lease_lost=self._heartbeat.beat_now,
+                until_lease_holds=self._heartbeat.until_lease_holds,
             )
             for name, rules in queues.items()
         }
@@ -120,6 +121,7 @@ class Supervisor:
             lease=engine.lease,
             daemon_id=lambda: self.daemon_id,
             may_rescue=self._heartbeat.may_rescue,
+            on_drain=self._drain,
         )
 
     @property
@@ -151,6 +153,12 @@ class Supervisor:
         for name, size in team_sizes.items():
             if (team := self._teams.get(name)) is not None:
                 team.configure(size)
+                self._team_sizes[name] = size
+        self._upkeep.resized(self._team_sizes)
+
+    def _drain(self, is_draining: bool) -> None:
+        # The slots that a draining daemon frees are for others.
+        self._committer.is_draining = is_draining or self._stopping.is_set()
 
     async def run(self, *, wait_for_database: bool) -> None:
         """
@@ -204,7 +212,11 @@ class Supervisor:
 
     async def _register(self) -> int:
         daemon_id = await self._store.register(
-            host=socket.gethostname(), pid=os.getpid(), version=self._version, queues=self._team_sizes
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=self._version,
+            queues=self._team_sizes,
+            was=self._heartbeat.daemon_id,
         )
         self._committer.daemon_id = daemon_id
         return daemon_id

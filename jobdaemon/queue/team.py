@@ -8,7 +8,7 @@ limit while it does nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from jobdaemon.domain.job import Job
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
@@ -35,7 +35,12 @@ class Team:
         events: Events,
         daemon_id: Callable[[], int],
         on_lease_lost: Callable[[], None],
+        until_lease_holds: Callable[[], Awaitable[None]],
     ) -> None:
+        """
+        Args:
+            until_lease_holds: returns once this daemon may claim: its heartbeat is recent.
+        """
         self.queue = queue
         self._configured_size = size
         self._operators_size: int | None = None
@@ -45,6 +50,7 @@ class Team:
         self._events = events
         self._daemon_id = daemon_id
         self._on_lease_lost = on_lease_lost
+        self._until_lease_holds = until_lease_holds
         self._is_paused = False
         self._wake = asyncio.Event()
         self._wake.set()
@@ -98,6 +104,7 @@ class Team:
             await self._wake.wait()
             self._wake.clear()
             self.last_turn_s = loop.time()
+            await self._until_lease_holds()
             free = self.size - len(self._attempts)
             if free <= 0:
                 continue

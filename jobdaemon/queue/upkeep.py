@@ -23,6 +23,8 @@ from jobdaemon.queue.team import Team
 #: The share by which a round may come earlier, so that daemons started together drift apart.
 _JITTER = 0.2
 _PROMOTE_LIMIT = 1000
+#: Orders of up to 100 jobs each: some 20 ms, in which their jobs cannot be claimed.
+_LIFT_LIMIT = 20
 #: Timers ring a little early; asking again too soon would find the job still not due.
 _TIMER_SLACK_S = 0.002
 
@@ -41,9 +43,11 @@ class Upkeep:
         lease: timedelta,
         daemon_id: Callable[[], int],
         may_rescue: Callable[[], bool],
+        on_drain: Callable[[bool], None],
     ) -> None:
         """
         Args:
+            on_drain: told at each look whether this daemon is to claim nothing more.
             daemon_id: this daemon's, at the moment.
             may_rescue: whether this daemon may judge others by their silence.
         """
@@ -55,8 +59,11 @@ class Upkeep:
         self._lease = lease
         self._daemon_id = daemon_id
         self._may_rescue = may_rescue
+        self._on_drain = on_drain
+        self._new_team_sizes: dict[str, int] | None = None
         #: Jobs (id, token) that are ours by the last look though no attempt of ours runs them.
         self._strays: set[tuple[int, int | None]] = set()
+        self._rests: dict[str, asyncio.TimerHandle] = {}
         self._now = asyncio.Event()
         self._next_due_s: float | None = None
         self._queues_changed = False
@@ -75,6 +82,12 @@ class Upkeep:
             self._queues_changed = True
         if channel != READY_CHANNEL:
             self._now.set()
+
+    def resized(self, team_sizes: Mapping[str, int]) -> None:
+        """This daemon's own settings changed: tell who reads ``daemons``."""
+        self._new_team_sizes = dict(team_sizes)
+        self._queues_changed = True
+        self._now.set()
 
     async def run(self) -> None:
         """Do rounds until cancelled."""
@@ -113,18 +126,40 @@ class Upkeep:
         if promoted.has_expired:
             for change in await self._store.expire_orders():
                 self._events.emit(OrderSettled(order_id=change.order_id, status=change.status))
+        if promoted.has_overdue and await self._store.lift_orders(_LIFT_LIMIT) >= _LIFT_LIMIT:
+            self._now.set()  # more may be overdue
         if is_poll or self._queues_changed:
             self._queues_changed = False
-            await self._follow_queues()
+            try:
+                await self._follow_queues()
+            except BaseException:
+                self._queues_changed = True  # what was announced is still to be looked at
+                raise
         if is_poll:
             await self._rescue()
 
     async def _follow_queues(self) -> None:
-        for row in await self._store.queue_rows(self._teams):
+        daemon_id = self._daemon_id()
+        if (team_sizes := self._new_team_sizes) is not None:
+            await self._store.report_team_sizes(daemon_id, team_sizes)
+            if self._new_team_sizes is team_sizes:
+                self._new_team_sizes = None
+        rows = await self._store.queue_rows(self._teams, daemon_id)
+        self._on_drain(any(row.is_draining for row in rows))
+        for row in rows:
             team = self._teams[row.name]
-            team.steer(is_paused=row.is_paused, size=row.team_size)
+            team.steer(is_paused=row.is_paused or row.is_draining, size=row.team_size)
+            self._ring_at_the_end_of_rest(row.name, row.opens_in)
             if row.has_ready:
                 team.wake()
+
+    def _ring_at_the_end_of_rest(self, queue: str, rest: timedelta | None) -> None:
+        """A queue that rests, or whose circuit is open, opens by the clock: no notification says so."""
+        if (timer := self._rests.pop(queue, None)) is not None:
+            timer.cancel()
+        if rest is not None:
+            wake = self._teams[queue].wake
+            self._rests[queue] = asyncio.get_running_loop().call_later(rest.total_seconds() + _TIMER_SLACK_S, wake)
 
     async def _rescue(self) -> None:
         daemon_id = self._daemon_id()

@@ -276,10 +276,11 @@ def test_an_order_and_its_job_for_people(cli: Cli, sql: Sql) -> None:
     assert "no daemon serves queue beautify" in order
     assert order.count("pending") == 2
     job = cli("job", 1).stdout
-    for words in ('{"order_id": 1}', "StoreUnavailableError", "The disk is full.", "deferred"):
+    assert "\x1b" not in job
+    for words in ('"order_id": 1', "StoreUnavailableError", "The disk is full.", "deferred"):
         assert words in job
     document = json.loads(cli("job", 1, "--json").stdout)
-    assert document["args"] == {"order_id": 1}
+    assert document["args"] == {"order_id": 1, "customer": "\x1b[31mada"}
     assert [event["type"] for event in document["events"]] == ["deferred"]
     assert document["failed_attempts"][0]["error"] == "The disk is full."
 

@@ -91,7 +91,7 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         for transition in (started, dead):
             assert (await store.commit([transition], daemon_id=daemon_id)).verdicts == [Verdict.ACCEPTED]
         await store.promote()
-        await store.queue_rows(QUEUES)
+        await store.queue_rows(QUEUES, 0)
         await store.lost_jobs(daemon_id, [], lease=None)
         await store.tell_orders([job.order_id])
         assert await store.load_order(job.order_id) is not None

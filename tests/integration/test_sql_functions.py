@@ -36,8 +36,9 @@ def test_unknown_queue(sql: Sql, call: str) -> None:
 @pytest.mark.parametrize("call", ["team_size => -1", "cluster_limit => -1", "team_size => 2000000"])
 def test_impossible_sizes(sql: Sql, call: str) -> None:
     """A size that cannot be is refused and nothing changes."""
-    with pytest.raises(psycopg.errors.CheckViolation):
+    with pytest.raises(psycopg.Error, match="must be 0 to") as caught:
         sql.execute(f"SELECT jobdaemon.resize_queue('upload', {call})".encode())
+    assert caught.value.sqlstate == "JD004"
     assert _queue(sql) == {"paused": False, "team_size": None, "cluster_limit": None}
 
 

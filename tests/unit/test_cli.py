@@ -25,7 +25,7 @@ from jobdaemon.cli.times import parse_moment
 from jobdaemon.errors import JobdaemonError, RefusedError
 
 VERBS = ["process", "run", "enqueue", "orders", "order", "cancel", "redrive", "queues", "jobs", "job", "daemons", "config"]
-VERBS += ["migrate", "check", "version"]
+VERBS += ["migrate", "check", "sandbox", "version"]
 HEAVY = ["torch", "cv2", "aioboto3", "botocore", "moto", "PIL", "numpy", "psycopg", "asyncpg", "procrastinate", "pydantic"]
 
 

@@ -1,12 +1,15 @@
 -- Jobs and daemons. Every name is qualified: the daemon needs no search_path. Time is the database's.
 
 -- name: register_daemon
--- A new worker row of procrastinate's, and what we know about the daemon behind it.
+-- A new worker row of procrastinate's, and what we know about the daemon behind it; one that was draining under its old id ($5)
+-- still is.
 WITH worker AS (
     INSERT INTO jobdaemon.procrastinate_workers DEFAULT VALUES RETURNING id
 )
-INSERT INTO jobdaemon.daemons (id, host, pid, version, queues)
-SELECT id, $1, $2, $3, $4::jsonb FROM worker
+INSERT INTO jobdaemon.daemons (id, host, pid, version, queues, status)
+SELECT id, $1, $2, $3, $4::jsonb,
+    CASE WHEN EXISTS (SELECT FROM jobdaemon.daemons d WHERE d.id = $5 AND d.status = 'draining') THEN 'draining' ELSE 'running' END
+FROM worker
 RETURNING id;
 
 -- name: heartbeat
@@ -39,17 +42,28 @@ ON CONFLICT (name) DO NOTHING;
 SELECT id, task_name, priority, args, attempts, deaths, token FROM jobdaemon.claim_jobs($1, $2, $3);
 
 -- name: queue_rows
--- What operators set for these queues, and whether a job is ready in them: the net below the notifications.
-SELECT q.name, q.paused, q.team_size, EXISTS (SELECT FROM jobdaemon.procrastinate_jobs j
+-- What operators set for these queues and for daemon $2, and whether a job is ready in them: the net below the notifications.
+SELECT q.name, q.paused, EXISTS (SELECT FROM jobdaemon.daemons d WHERE d.id = $2 AND d.status = 'draining') AS is_draining, q.team_size, q.adaptive_limit IS NOT NULL OR q.circuit <> 'closed'
+        OR EXISTS (SELECT FROM jobdaemon.queue_steering s WHERE s.queue = q.name) AS is_steered,
+    extract(epoch FROM greatest(q.rested_until, CASE WHEN q.circuit = 'open' THEN q.circuit_until END) - clock_timestamp())::float8
+    AS opens_in_s, EXISTS (SELECT FROM jobdaemon.procrastinate_jobs j
     WHERE j.queue_name = q.name AND j.status = 'todo' AND j.scheduled_at IS NULL) AS has_ready
 FROM jobdaemon.queues q WHERE q.name = ANY ($1::text[]);
 
+-- name: report_team_sizes
+-- This daemon's own team sizes, when they have changed.
+UPDATE jobdaemon.daemons SET queues = $2::jsonb WHERE id = $1 AND queues <> $2::jsonb;
+
 -- name: promote
 -- Lets due jobs in; says how many, in how many seconds the next one falls due, if that is within a day ('infinity' is legal), and
--- whether an order has expired.
+-- whether an order has expired, or has waited so long that it is to be lifted.
 SELECT promoted, CASE WHEN next_due < clock_timestamp() + interval '1 day'
     THEN extract(epoch FROM next_due - clock_timestamp())::float8 END AS next_due_s,
-    EXISTS (SELECT FROM jobdaemon.orders o WHERE o.finished_at IS NULL AND o.expires_at <= now()) AS has_expired
+    EXISTS (SELECT FROM jobdaemon.orders o WHERE o.finished_at IS NULL AND o.expires_at <= now()) AS has_expired,
+    EXISTS (SELECT FROM jobdaemon.plans p
+        WHERE p.priority < (SELECT max(t.priority) FROM jobdaemon.plans t) AND EXISTS (
+            SELECT FROM jobdaemon.orders o WHERE o.plan = p.name AND o.finished_at IS NULL AND o.lifted_at IS NULL
+                AND NOT o.prioritized AND o.waits_from <= now() - p.lift_after)) AS has_overdue
 FROM jobdaemon.promote_jobs($1);
 
 -- name: wake_queues
@@ -102,11 +116,16 @@ FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::float8[], $5::smallint[
 WHERE j.id = e.id;
 
 -- name: defer_jobs
--- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}.
-SELECT jobdaemon.procrastinate_defer_jobs_v1(array_agg(ROW(n.queue, n.task, n.priority, NULL, NULL, n.args,
+-- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}. The orders are locked: what
+-- an operator has set their priority to, and that they were lifted, is known here, though the stage may have read them before.
+-- Each job names its order's customer, for the fair share.
+SELECT jobdaemon.procrastinate_defer_jobs_v1(array_agg(ROW(n.queue, n.task,
+    CASE WHEN o.prioritized THEN o.priority WHEN o.lifted_at IS NOT NULL THEN jobdaemon.lifted_priority() ELSE n.priority END,
+    NULL, NULL, CASE WHEN o.customer <> '' THEN n.args || jsonb_build_object('customer', o.customer) ELSE n.args END,
     now() + n.delay_s * interval '1 second')::jobdaemon.procrastinate_job_to_defer_v1 ORDER BY n.place))
 FROM ROWS FROM (jsonb_to_recordset($1::jsonb) AS (queue text, task text, priority integer, args jsonb, delay_s float8))
-    WITH ORDINALITY AS n (queue, task, priority, args, delay_s, place);
+    WITH ORDINALITY AS n (queue, task, priority, args, delay_s, place)
+LEFT JOIN jobdaemon.orders o ON o.id = (n.args ->> 'order_id')::bigint;
 
 -- name: record_attempts
 -- Why attempts did not succeed: {job_id, order_id, queue, attempt, token, daemon_id, seconds, outcome, error_kind, error}.

@@ -61,11 +61,16 @@ UPDATE jobdaemon.orders o SET error = f.error FROM failed f WHERE o.id = f.order
 RETURNING o.id AS order_id;
 
 -- name: images_removed
--- {order_id}: stored images of an ended order are gone.
-UPDATE jobdaemon.images i SET status = 'cancelled', object_key = NULL, url = NULL
-FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
-WHERE i.order_id = w.order_id AND i.status = 'stored'
-RETURNING i.order_id, i.index;
+-- {order_id}: all stored images of an ended order are gone; nothing else counts them again.
+WITH removed AS (
+    UPDATE jobdaemon.images i SET status = 'cancelled', object_key = NULL, url = NULL
+    FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
+    WHERE i.order_id = w.order_id AND i.status = 'stored'
+    RETURNING i.order_id
+)
+UPDATE jobdaemon.orders o SET images_stored = 0
+WHERE o.id IN (SELECT r.order_id FROM removed r) AND o.finished_at IS NOT NULL
+RETURNING o.id AS order_id;
 
 -- name: lock_expired
 -- Open orders whose time is up; those that somebody holds are left to the next look.
@@ -73,6 +78,10 @@ SELECT o.id, format('the order expired: it was not finished by %s',
     to_char(o.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI "UTC"')) AS error
 FROM jobdaemon.orders o WHERE o.finished_at IS NULL AND o.expires_at <= now()
 ORDER BY o.id LIMIT $1 FOR UPDATE SKIP LOCKED;
+
+-- name: lift_orders
+-- Lifts open orders that waited longer than their plan's lift_after; says how many.
+SELECT jobdaemon.lift_orders($1);
 
 -- name: settle_orders
 -- Counts the images of these (locked) orders, moves their status on, ends them when nothing is left, and tells listeners: at

@@ -135,6 +135,11 @@ BEGIN
         ('jobs_ready_idx', '(queue_name, priority DESC,
             (CASE WHEN task_name LIKE ''jobdaemon.%'' THEN (args ->> ''order_id'')::bigint END), id)
             WHERE status = ''todo'' AND scheduled_at IS NULL'),
+        -- a fair share: from customer to customer ('' when there is none), each one's jobs in claim order
+        ('jobs_customer_idx', '(queue_name,
+            (coalesce(CASE WHEN task_name LIKE ''jobdaemon.%'' THEN args ->> ''customer'' END, '''') COLLATE "C"), priority DESC,
+            (CASE WHEN task_name LIKE ''jobdaemon.%'' THEN (args ->> ''order_id'')::bigint END), id)
+            WHERE status = ''todo'' AND scheduled_at IS NULL'),
         ('jobs_running_idx', '(queue_name, worker_id) WHERE status = ''doing'''),
         ('jobs_scheduled_idx', '(scheduled_at) WHERE status = ''todo'' AND scheduled_at IS NOT NULL'),
         ('jobs_failed_idx', '(queue_name) WHERE status = ''failed'''),

@@ -1,0 +1,15 @@
+"""
+The sandbox: a provider on this machine that costs nothing, and the referee of what a queue's daemons do to it.
+
+    faults.py    which calls go wrong, by seed
+    referee.py   counts starts, overlaps, starts above the limit in force, images stored twice; no sockets
+    server.py    the two behind HTTP on the loopback interface
+
+Knows nothing of databases or settings: what it judges it is told by the calls themselves and by whoever changes limits and
+freezes daemons. Nothing but the command line and the tests imports it.
+"""
+
+from jobdaemon.sandbox.faults import Faults, parse_faults
+from jobdaemon.sandbox.server import Behaviour, Sandbox
+
+__all__ = ["Behaviour", "Faults", "Sandbox", "parse_faults"]
