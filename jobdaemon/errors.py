@@ -12,6 +12,7 @@ Every error this package raises on purpose.
         RateLimitedError          a capacity signal: costs no attempt
         DeviceMemoryError
         StoreUnavailableError
+        SourceUnavailableError    one order's photo or link; says nothing about anybody else's
       PermanentError              straight to dead letter, whatever attempts remain
         InvalidOrderError
         UnsupportedImageError
@@ -88,6 +89,14 @@ class DeviceMemoryError(RetryableError):
 
 class StoreUnavailableError(RetryableError):
     """The artifact store did not answer, is full, or answered with a server error."""
+
+
+class SourceUnavailableError(RetryableError):
+    """
+    The host of one order's photo, or of one image's link, did not give it.
+
+    Not a ProviderUnavailableError: customers name these hosts, and a few dead ones must not open the circuit of a queue.
+    """
 
 
 class PermanentError(JobdaemonError):

@@ -11,8 +11,7 @@ from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import OrderStarted, PhotoBeautified
 from jobdaemon.errors import InvalidOrderError
 from jobdaemon.ports import ArtifactStore, Attempt, BeautifyBackend, OrderReader
-
-ARTIFACT_SCHEME = "artifact:"
+from jobdaemon.stages.source import ARTIFACT_SCHEME, fetched
 
 
 class BeautifyStage:
@@ -73,4 +72,4 @@ class BeautifyStage:
     async def _photo(self, source: str) -> bytes:
         if source.startswith(ARTIFACT_SCHEME):
             return await self._store.get(source.removeprefix(ARTIFACT_SCHEME), max_bytes=self._max_photo_bytes)
-        return await self._fetch(source)
+        return await fetched(self._fetch, source)

@@ -30,7 +30,7 @@ from jobdaemon.ports import (
     ProviderEvent,
     TaskAccepted,
 )
-from jobdaemon.stages.beautify import ARTIFACT_SCHEME
+from jobdaemon.stages.source import ARTIFACT_SCHEME
 
 
 class GenerateStage:

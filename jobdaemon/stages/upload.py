@@ -11,7 +11,7 @@ from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import ImagesRemoved, ImageStored
 from jobdaemon.errors import ArtifactMissingError, InvalidOrderError
 from jobdaemon.ports import ArtifactStore, Attempt, ImageFacts, OrderReader
-from jobdaemon.stages.beautify import ARTIFACT_SCHEME
+from jobdaemon.stages.source import ARTIFACT_SCHEME, fetched
 
 
 class UploadStage:
@@ -48,9 +48,10 @@ class UploadStage:
         if image.locator is None:
             raise ArtifactMissingError("the provider's link to this image is gone")
         work_key = image.locator.removeprefix(ARTIFACT_SCHEME) if image.locator.startswith(ARTIFACT_SCHEME) else None
-        content = await (
-            self._fetch(image.locator) if work_key is None else self._store.get(work_key, max_bytes=self._max_image_bytes)
-        )
+        if work_key is None:
+            content = await fetched(self._fetch, image.locator)
+        else:
+            content = await self._store.get(work_key, max_bytes=self._max_image_bytes)
         facts, digest = await asyncio.to_thread(lambda: (self._inspect(content), hashlib.sha256(content).hexdigest()))
         if work_key is not None and digest[:16] not in work_key:
             raise ArtifactMissingError(f"the bytes under {work_key} are not those that were generated")
