@@ -10,7 +10,7 @@ from jobdaemon.domain.job import Task
 from jobdaemon.events import JobFinished, JobStarted, OrderSettled
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.supervisor import EngineRules
-from tests.daemons import NO_POLL, Stages, running_daemon
+from tests.daemons import NO_POLL, Stages, running_daemon, until
 from tests.factories import RULES, Jobs, Orders, Sql
 
 
@@ -109,7 +109,15 @@ async def test_a_slot_freed_by_a_stopping_daemon_is_used_by_another(engine_datab
             job_factory("upload")
             other.supervisor.resize({"upload": 2})
             first.supervisor.stop("test")
+            # Only then: a daemon that does not stop yet would take the next job itself.
+            await until(lambda: daemon_status(sql, first.supervisor.daemon_id) == "stopping")
             one.open.set()
             await first.task
         await asyncio.wait_for(two.came.wait(), 5)
         two.open.set()
+
+
+def daemon_status(sql: Sql, daemon_id: int) -> str:
+    row = sql.execute("SELECT status FROM jobdaemon.daemons WHERE id = %s", [daemon_id]).fetchone()
+    assert row is not None
+    return str(row["status"])
