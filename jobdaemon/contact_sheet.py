@@ -91,7 +91,8 @@ def _height(path: Path, cell: int) -> int:
     """How high a picture's thumbnail is; a cell for one that is not there."""
     try:
         with Image.open(path) as image:
-            return round(image.height * cell / max(image.size))
+            # Thumbnails are never enlarged.
+            return round(image.height * min(1.0, cell / max(image.size)))
     except Exception:  # noqa: BLE001 -- as in _draw_picture
         return cell
 
