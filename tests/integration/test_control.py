@@ -101,8 +101,7 @@ async def test_a_slot_freed_by_a_stopping_daemon_is_used_by_another(engine_datab
     sql.execute("UPDATE jobdaemon.queues SET cluster_limit = 1 WHERE name = 'upload'")
     one, two = Doors(Task.UPLOAD), Doors(Task.UPLOAD)
     slow = EngineRules(NO_POLL.heartbeat, NO_POLL.lease, NO_POLL.poll, timedelta(seconds=20))
-    async with running_daemon(engine_database, Stages(gate=two), engine=slow) as other:
-        other.supervisor.resize({"upload": 0})
+    async with running_daemon(engine_database, Stages(gate=two), engine=slow, team_size=0) as other:
         async with running_daemon(engine_database, Stages(gate=one), engine=slow) as first:
             job_factory("upload")
             await asyncio.wait_for(one.came.wait(), 15)
