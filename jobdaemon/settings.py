@@ -24,7 +24,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     SecretStr,
@@ -36,6 +35,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.redact import MASK, mask_url
+from jobdaemon.settings_generate import GenerateSettings, SuperbedSettings, provider_contradictions
 from jobdaemon.settings_sources import (
     Problem,
     Source,
@@ -59,6 +59,7 @@ from jobdaemon.settings_values import (
     OptionalSecret,
     OptionalText,
     Prompts,
+    Section,
     Share,
     Size,
     WebUrl,
@@ -79,12 +80,6 @@ MAX_PROMPT_BYTES = 4000
 
 PlanName = Literal["Free", "Start", "Pro"]
 PLAN_NAMES: tuple[PlanName, ...] = get_args(PlanName)
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, and errors that do not repeat what was written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
 
 class DatabaseSettings(Section):
@@ -278,23 +273,6 @@ class BeautifySettings(Section):
     threads: Annotated[Cores, Field(ge=1, le=1024)] = 1
 
 
-class LocalGenerateSettings(Section):
-    """
-    The built-in provider.
-
-    Attributes:
-        threads: CPU threads for image making, over all jobs of this daemon.
-    """
-
-    threads: Annotated[Cores, Field(ge=1, le=1024)] = Field(default_factory=cores)
-
-
-class GenerateSettings(Section):
-    """One section per provider."""
-
-    local: LocalGenerateSettings = Field(default_factory=LocalGenerateSettings)
-
-
 class PhotosSettings(Section):
     """
     Which photos are accepted, and from where.
@@ -425,11 +403,12 @@ class Settings(Section):
     data_dir: AbsolutePath
     database: DatabaseSettings = DatabaseSettings()
     engine: EngineSettings = EngineSettings()
-    queues: dict[Annotated[str, AfterValidator(_queue_name)], QueueOverrides] = {}
+    queues: dict[Annotated[str, AfterValidator(_queue_name)], QueueOverrides] = Field(default_factory=dict)
     plans: PlansSettings = PlansSettings()
     orders: OrdersSettings = OrdersSettings()
     beautify: BeautifySettings = BeautifySettings()
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
+    superbed: SuperbedSettings = SuperbedSettings()
     photos: PhotosSettings = PhotosSettings()
     store: StoreSettings
     log: LogSettings = LogSettings()
@@ -547,6 +526,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
             or_file = f" (or store.r2.{key}_file)" if key in ("access_key_id", "secret_access_key") else ""
             yield Problem(f"store.r2.{key}", f'must be set{or_file}, because store.kind is "r2"')
     yield from _queue_contradictions(settings)
+    yield from provider_contradictions(settings.generate, settings.superbed, orders.provider, settings.store.kind)
     if orders.provider not in PROVIDERS:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
     if settings.beautify.backend not in BACKENDS:
@@ -598,6 +578,11 @@ SECRETS: tuple[tuple[str, ...], ...] = (
     ("database", "url"),
     ("store", "r2", "access_key_id"),
     ("store", "r2", "secret_access_key"),
+    ("generate", "openai_images", "api_key"),
+    ("generate", "dashscope", "api_key"),
+    ("generate", "jimeng", "access_key_id"),
+    ("generate", "jimeng", "secret_access_key"),
+    ("superbed", "token"),
 )
 
 
