@@ -10,6 +10,7 @@ Every error this package raises on purpose.
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
           AnswerLostError         it may have done what was asked: nobody knows
+        KeyRefusedError           a key is refused or its account is out of money
         RateLimitedError          a capacity signal: costs no attempt
         DeviceMemoryError
         StoreUnavailableError
@@ -87,6 +88,19 @@ class AnswerLostError(ProviderUnavailableError):
 
 class RateLimitedError(RetryableError):
     """A provider said it is at capacity. Retried without spending an attempt."""
+
+
+class KeyRefusedError(RetryableError):
+    """
+    The provider refused this key; another one may serve, or the same after a rest.
+
+    Attributes:
+        is_out_of_money: its account has nothing left to spend.
+    """
+
+    def __init__(self, message: str, *, is_out_of_money: bool = False) -> None:
+        super().__init__(message)
+        self.is_out_of_money = is_out_of_money
 
 
 class DeviceMemoryError(RetryableError):
