@@ -6,7 +6,7 @@ by a shortest story; and asks of each state whether the work can still be finish
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -51,6 +51,7 @@ def explore(
     *,
     is_end: Callable[[S], bool],
     stuck: str,
+    watched: Collection[str] | None = None,
     reduce: Callable[[S], S] | None = None,
 ) -> Exploration:
     """
@@ -60,6 +61,7 @@ def explore(
         steps: what may happen in a state.
         is_end: whether all work is done; from every state one such state must be in reach.
         stuck: the promise that a state without one breaks.
+        watched: the promises to watch; None watches all.
         reduce: names one of several states that differ by names only; the story then changes names on its way.
     """
     first = first if reduce is None else reduce(first)
@@ -76,7 +78,7 @@ def explore(
             ends.append(number)
         for label, following, broken in steps(state):
             count += 1
-            if broken is not None:
+            if broken is not None and (watched is None or broken in watched):
                 return Exploration(len(numbers), count, broken, (*_story(came, number), label))
             if reduce is not None:
                 following = reduce(following)  # noqa: PLW2901 - the same state by another name
@@ -88,7 +90,7 @@ def explore(
                 waiting.append(following)
             before[known].append(number)
     lost = _first_without_end(before, ends)
-    if lost is not None:
+    if lost is not None and (watched is None or stuck in watched):
         return Exploration(len(numbers), count, stuck, _story(came, lost))
     return Exploration(len(numbers), count)
 

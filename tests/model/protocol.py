@@ -76,6 +76,7 @@ from tests.model.state import (
     with_daemon,
     with_job,
     with_limit_seen,
+    without_attempts,
 )
 
 
@@ -121,6 +122,7 @@ class Rules:
 
 
 AS_BUILT = Rules()
+NO_MISHAPS = Mishaps()
 
 
 @cache
@@ -158,7 +160,7 @@ class World:
     jobs: int = 2
     slots: int = 2
     limits: tuple[int, ...] = (1,)
-    mishaps: Mishaps = Mishaps()
+    mishaps: Mishaps = NO_MISHAPS
     rules: Rules = AS_BUILT
 
     def first(self) -> State:
@@ -226,10 +228,7 @@ class World:
             cut_off = with_daemon(state, number, daemon._replace(mode=CUT_OFF))
             yield Step(f"d{number} is cut off", cut_off._replace(left=left._replace(cuts=left.cuts - 1)))
         if left.crashes:
-            jobs = tuple(
-                job._replace(attempts=tuple(attempt for attempt in job.attempts if attempt.daemon != number))
-                for job in state.jobs
-            )
+            jobs = tuple(without_attempts(job, number) for job in state.jobs)
             after = state._replace(jobs=jobs, left=left._replace(crashes=left.crashes - 1))
             dead = daemon._replace(mode=DEAD, steady=UNSTEADY, is_looking=False)
             yield Step(f"d{number} is killed", with_daemon(after, number, dead._replace(claim=NO_CLAIM)))

@@ -187,6 +187,11 @@ def forfeited(job: Job, number: int) -> Job:
     return job._replace(is_forfeit=is_forfeit, attempts=attempts)
 
 
+def without_attempts(job: Job, number: int) -> Job:
+    """Daemon *number* dies, and with it what it had in its memory."""
+    return job._replace(attempts=tuple(attempt for attempt in job.attempts if attempt.daemon != number))
+
+
 def with_limit_seen(jobs: tuple[Job, ...], limit: int) -> tuple[Job, ...]:
     """A claim has seen this limit: it is in force for calls that have not started."""
     return tuple(
@@ -243,19 +248,22 @@ def without_names(state: State) -> State:
     One of the states that differ from this one by the numbers of daemons and jobs only: a claim takes any of the jobs that wait,
     so nothing depends on the numbers. Of a job that has ended it is forgotten how.
     """
-    jobs = tuple(Job("succeeded", attempts=job.attempts) if is_over(job) else job for job in state.jobs)
-    daemons = tuple(sorted(state.daemons))
-    best: list[Job] = []
-    for order in itertools.permutations(range(len(daemons))):
-        if all(daemons[place] == state.daemons[number] for place, number in enumerate(order)):
-            renamed = sorted([_renamed(job, order) for job in jobs])
-            if not best or renamed < best:
-                best = renamed
-    return State(tuple(best), daemons, state.limit, state.left, state.is_up, state.leaked)
+    daemons, orders = _orders(state.daemons)
+    jobs = min([sorted([_renamed(job, order) for job in state.jobs]) for order in orders])
+    return State(tuple(jobs), daemons, state.limit, state.left, state.is_up, state.leaked)
+
+
+@cache
+def _orders(daemons: tuple[Daemon, ...]) -> tuple[tuple[Daemon, ...], list[tuple[int, ...]]]:
+    """The daemons sorted, and the ways to get there: daemon number ``order[i]`` becomes number i."""
+    wanted = tuple(sorted(daemons))
+    every = itertools.permutations(range(len(daemons)))
+    return wanted, [order for order in every if tuple(daemons[number] for number in order) == wanted]
 
 
 @cache
 def _renamed(job: Job, order: tuple[int, ...]) -> Job:
-    """Daemon number ``order[i]`` becomes number i."""
     attempts = tuple(sorted(attempt._replace(daemon=order.index(attempt.daemon)) for attempt in job.attempts))
+    if is_over(job):
+        return Job("succeeded", attempts=attempts)
     return job._replace(worker=order.index(job.worker) if job.worker >= 0 else job.worker, attempts=attempts)
