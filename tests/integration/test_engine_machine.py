@@ -347,7 +347,7 @@ def drive(bench: Bench, *, runs: int) -> None:
 
 def test_the_engine_does_what_the_reference_says(bench: Bench) -> None:
     """Claims, commits, rescues and cancellations in random order leave the tables as the promises demand."""
-    drive(bench, runs=40)
+    drive(bench, runs=25)
 
 
 MISTAKES = {
@@ -374,4 +374,4 @@ def test_the_machine_finds_mistakes(bench: Bench, mistake: str) -> None:
     assert text in row["text"]
     bench.sql.execute(row["text"].replace(text, instead).replace("LEASE", "interval '1 minute'").encode())
     with pytest.raises(AssertionError):
-        drive(bench, runs=40)
+        drive(bench, runs=25)
