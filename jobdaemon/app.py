@@ -241,13 +241,15 @@ class Daemon:
 
 def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[str, QueueRules]:
     served = [BEAUTIFY_QUEUE, *(generate_queue(name) for name in providers), UPLOAD_QUEUE]
+    paid = {generate_queue(name) for name, provider in providers.items() if provider.is_paid}
     rules: dict[str, QueueRules] = {}
     for name in served:
         queue = settings.queue(name)
         policy = RetryPolicy(queue.attempts, queue.backoff, queue.backoff_cap, queue.jitter)
         if queue.team_size > 0:
             # An upload knows what it has stored only when it ends.
-            rules[name] = QueueRules(queue.team_size, AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE))
+            attempt = AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE, is_paid=name in paid)
+            rules[name] = QueueRules(queue.team_size, attempt)
     return rules
 
 

@@ -102,6 +102,14 @@ class LeaseLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseInDoubt(Event):
+    """No heartbeat got through for three quarters of the lease, though Postgres is there: *aborted* paid calls were stopped."""
+
+    reason: str
+    aborted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class JobsRescued(Event):
     """*count* jobs were taken from *daemon_id*, whose heartbeat had stopped."""
 

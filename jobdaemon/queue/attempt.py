@@ -39,11 +39,13 @@ class AttemptRules:
     Attributes:
         is_abortable: whether an attempt is stopped in the middle when its order is cancelled; one that is not runs out, so that
             it can tidy up what it made.
+        is_paid: whether its calls cost money: it is stopped when this daemon cannot be sure of its lease.
     """
 
     run_timeout: timedelta
     retry: RetryPolicy
     is_abortable: bool = True
+    is_paid: bool = False
 
 
 class RunningAttempt:
@@ -77,16 +79,19 @@ class AttemptRunner:
         events: Events,
         *,
         discard: Callable[[tuple[str, ...]], Awaitable[None]],
+        is_sure: Callable[[], bool] = lambda: True,
     ) -> None:
         """
         Args:
             stages: task name -> stage; a job of an unknown task is a dead letter, not a crash.
             discard: deletes artifacts that nobody needs any more; must not raise.
+            is_sure: whether the lease of what this daemon runs holds beyond doubt.
         """
         self._stages = stages
         self._committer = committer
         self._events = events
         self._discard = discard
+        self._is_sure = is_sure
 
     async def run(self, job: Job, rules: AttemptRules) -> None:
         """
@@ -101,10 +106,10 @@ class AttemptRunner:
         try:
             done = await self._run_stage(job, rules)
             transition = Transition(job, End.SUCCEEDED, writes=done.writes)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                transition = Transition(job, End.HANDED_BACK, error="the daemon stopped")
+                transition = Transition(job, End.HANDED_BACK, error=str(next(iter(error.args), "the daemon stopped")))
             else:
                 # Nobody cancelled this attempt: something inside the stage did. Handed back, it would run for ever.
                 transition = _after_error(job, RetryableError("the stage cancelled itself"), rules)
@@ -132,6 +137,9 @@ class AttemptRunner:
         stage = self._stages.get(job.task)
         if stage is None:
             raise PermanentError(f"no stage knows the task {job.task}")
+        if rules.is_paid and not self._is_sure():
+            # The process stood still while the claim's answer was on its way.
+            raise LeaseLostError("the lease may have lapsed before the attempt began")
         limit = asyncio.timeout(rules.run_timeout.total_seconds())
         try:
             async with limit:

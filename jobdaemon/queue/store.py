@@ -8,6 +8,7 @@ proves that the listening connection is alive, and nothing slow can hold a heart
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.write import OrderFailed
-from jobdaemon.errors import LeaseLostError
+from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
 from jobdaemon.ports import ImageRow, OrderRow
 from jobdaemon.queue import fence, sql, writes
 from jobdaemon.queue.steering import Steering
@@ -170,6 +171,14 @@ class PostgresJobStore:
         """Renew the lease of all this daemon's jobs; False when its row is gone and it must register again."""
         async with self._pulse.use() as connection:
             return await connection.fetchval(_JOBS["heartbeat"], daemon_id, timeout=timeout.total_seconds()) is not None
+
+    async def answers(self, *, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
+        """Whether the database answers, and takes writes, now; never raises."""
+        try:
+            async with asyncio.timeout(timeout.total_seconds()), self._reads.use() as connection:
+                return bool(await connection.fetchval(_JOBS["answers"]))
+        except (TimeoutError, DatabaseUnavailableError):
+            return False
 
     async def set_daemon_status(self, daemon_id: int, status: str) -> None:
         """running, stopping or stopped."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import DaemonReady, DaemonStarted, DaemonStopped, DaemonStopping, Events, UpkeepFailed
+from jobdaemon.events import DaemonReady, DaemonStarted, DaemonStopped, DaemonStopping, Events, LeaseInDoubt, UpkeepFailed
 from jobdaemon.ports import Stage
 from jobdaemon.queue.attempt import AttemptRules, AttemptRunner
 from jobdaemon.queue.committer import Committer
@@ -95,9 +95,9 @@ class Supervisor:
             lease=engine.lease,
             register=self._register,
             on_first_beat=lambda: events.emit(DaemonReady(daemon_id=self.daemon_id)),
-            on_stall=lambda: events.emit(UpkeepFailed(error="this process stood still for most of its lease", chore="heartbeat")),
+            on_stall=self._doubt_the_lease,
         )
-        runner = AttemptRunner(stages, self._committer, events, discard=discard)
+        runner = AttemptRunner(stages, self._committer, events, discard=discard, is_sure=self._heartbeat.is_sure)
         self._teams = {
             name: Team(
                 name,
@@ -155,6 +155,10 @@ class Supervisor:
                 team.configure(size)
                 self._team_sizes[name] = size
         self._upkeep.resized(self._team_sizes)
+
+    def _doubt_the_lease(self, reason: str) -> None:
+        aborted = sum(team.abort_paid(reason) for team in self._teams.values())
+        self._events.emit(LeaseInDoubt(reason=reason, aborted=aborted))
 
     def _drain(self, is_draining: bool) -> None:
         # The slots that a draining daemon frees are for others.

@@ -79,6 +79,14 @@ class Team:
             if running_id == job_id and self._rules.is_abortable:
                 task.cancel()
 
+    def abort_paid(self, reason: str) -> int:
+        """Stop all attempts of a queue whose calls are paid for, and hand their jobs back, as the fence decides; how many."""
+        if not self._rules.is_paid:
+            return 0
+        for task in self._attempts:
+            task.cancel(reason)
+        return len(self._attempts)
+
     def steer(self, *, is_paused: bool, size: int | None) -> None:
         """Follow what operators set; a smaller team lets the surplus run out."""
         if (is_paused, size) != (self._is_paused, self._operators_size):

@@ -16,6 +16,10 @@ RETURNING id;
 -- Says that the daemon lives; no row means that somebody removed it and it has to register again.
 UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = clock_timestamp() WHERE id = $1 RETURNING id;
 
+-- name: answers
+-- Whether this server takes writes; a standby, or the old primary after a failover, does not.
+SELECT current_setting('transaction_read_only') = 'off';
+
 -- name: set_daemon_status
 -- running, stopping or stopped; a stopped daemon's heartbeat ends now, so that what it left can be rescued at once.
 WITH worker AS (
