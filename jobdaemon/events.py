@@ -84,6 +84,16 @@ class JobFinished(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class JobIsolated(Event):
+    """A job in whose company *deaths* workers died runs alone here, as soon as nothing else runs."""
+
+    job_id: int
+    queue: str
+    deaths: int
+    order_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointCommitted(Event):
     """A running attempt noted *what* it must not do twice (a provider's task, an image that arrived)."""
 

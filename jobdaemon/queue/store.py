@@ -22,6 +22,7 @@ from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
+from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
 from jobdaemon.domain.write import OrderFailed
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
 from jobdaemon.ports import ImageRow, OrderRow
@@ -270,6 +271,13 @@ class PostgresJobStore:
         async with self._upkeep.use() as connection:
             records = await connection.fetch(_JOBS["lost_jobs"], lease_s, limit, daemon_id, list(running))
         return [(_job(record, record["queue_name"]), record["worker_id"]) for record in records]
+
+    async def other_deaths(self, job: Job, worker: int | None, *, lease: timedelta) -> int:
+        """Signs, within STORM_WINDOW, that workers die without this job, whose last *worker* is left out, too."""
+        seconds = STORM_WINDOW.total_seconds(), lease.total_seconds()
+        async with self._upkeep.use() as connection:
+            count: int = await connection.fetchval(_JOBS["other_deaths"], *seconds, worker, DIED_ALONE, job.id, STORM_DEATHS)
+        return count
 
     # Committing
 

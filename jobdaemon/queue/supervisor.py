@@ -21,6 +21,7 @@ from jobdaemon.ports import Stage
 from jobdaemon.queue.attempt import AttemptRules, AttemptRunner
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.heartbeat import Heartbeat
+from jobdaemon.queue.solitude import Solitude
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.team import Team
 from jobdaemon.queue.upkeep import Upkeep
@@ -97,7 +98,10 @@ class Supervisor:
             on_first_beat=lambda: events.emit(DaemonReady(daemon_id=self.daemon_id)),
             on_stall=self._doubt_the_lease,
         )
-        runner = AttemptRunner(stages, self._committer, events, discard=discard, is_sure=self._heartbeat.is_sure)
+        self._solitude = Solitude(events)
+        runner = AttemptRunner(
+            stages, self._committer, events, discard=discard, is_sure=self._heartbeat.is_sure, solitude=self._solitude
+        )
         self._teams = {
             name: Team(
                 name,
@@ -108,7 +112,7 @@ class Supervisor:
                 events=events,
                 daemon_id=lambda: self.daemon_id,
                 on_lease_lost=self._heartbeat.beat_now,
-                until_lease_holds=self._heartbeat.until_lease_holds,
+                until_lease_holds=self._until_it_may_claim,
             )
             for name, rules in queues.items()
         }
@@ -155,6 +159,10 @@ class Supervisor:
                 team.configure(size)
                 self._team_sizes[name] = size
         self._upkeep.resized(self._team_sizes)
+
+    async def _until_it_may_claim(self) -> None:
+        await self._solitude.until_open()
+        await self._heartbeat.until_lease_holds()
 
     def _doubt_the_lease(self, reason: str) -> None:
         aborted = sum(team.abort_paid(reason) for team in self._teams.values())

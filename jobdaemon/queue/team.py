@@ -39,7 +39,7 @@ class Team:
     ) -> None:
         """
         Args:
-            until_lease_holds: returns once this daemon may claim: its heartbeat is recent.
+            until_lease_holds: returns once this daemon may claim: its heartbeat is recent, and no suspect has it for itself.
         """
         self.queue = queue
         self._configured_size = size

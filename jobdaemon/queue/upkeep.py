@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
-from jobdaemon.domain.retry import after_death
+from jobdaemon.domain.retry import MAX_DEATHS, after_death
 from jobdaemon.errors import DatabaseUnavailableError
 from jobdaemon.events import Events, JobsRescued, OrderSettled, UpkeepFailed
 from jobdaemon.queue.committer import Committer
@@ -165,11 +167,22 @@ class Upkeep:
         daemon_id = self._daemon_id()
         running = [job_id for team in self._teams.values() for job_id in team.running_jobs]
         lost = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
-        await self._commit_ends([(_rescued(job), owner) for job, owner in lost if owner != daemon_id])
+        dead = [(job, owner) for job, owner in lost if owner != daemon_id]
+        company = Counter(owner for _, owner in dead)
+        await self._commit_ends([(await self._rescued(job, owner, company[owner] == 1), owner) for job, owner in dead])
         # Seen twice, it is no claim whose answer is still on its way.
         strays = {(job.id, job.token): job for job, owner in lost if owner == daemon_id}
         await self._commit_ends([(_stray(job), daemon_id) for key, job in strays.items() if key in self._strays])
         self._strays = set(strays)
+
+    async def _rescued(self, job: Job, owner: int | None, ran_alone: bool) -> Transition:
+        other_deaths = 0
+        if job.deaths + 1 >= MAX_DEATHS:
+            other_deaths = await self._store.other_deaths(job, owner, lease=self._lease)
+        transition = after_death(
+            job, ran_alone=ran_alone, other_deaths=other_deaths, dead=lambda reason: writes_when_dead(job, reason)
+        )
+        return replace(transition, ran_by=owner)
 
     async def _commit_ends(self, ends: list[tuple[Transition, int | None]]) -> None:
         verdicts = await asyncio.gather(*(self._committer.commit(transition) for transition, _ in ends))
@@ -179,10 +192,6 @@ class Upkeep:
                 count_by_daemon[daemon_id] = count_by_daemon.get(daemon_id, 0) + 1
         for daemon_id, count in count_by_daemon.items():
             self._events.emit(JobsRescued(count=count, daemon_id=daemon_id or ""))
-
-
-def _rescued(job: Job) -> Transition:
-    return after_death(job, dead=lambda reason: writes_when_dead(job, reason))
 
 
 def _stray(job: Job) -> Transition:

@@ -97,6 +97,19 @@ WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queue
     AND NOT (j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true))
 ORDER BY j.id LIMIT $2;
 
+-- name: other_deaths
+-- Signs of the last $1 seconds that workers die whatever they run: those that died (silent for $2, and never stopped), without
+-- worker $3 and those in which a suspect ran alone ($4), $6 at most; and every other suspect than job $5 that died so.
+SELECT (SELECT count(DISTINCT a.job_id) FROM jobdaemon.attempts a
+        WHERE a.ended_at > now() - $1 * interval '1 second' AND a.error_kind = $4 AND a.job_id <> $5)
+    + count(*) FROM (
+    SELECT FROM jobdaemon.daemons d JOIN jobdaemon.procrastinate_workers w ON w.id = d.id
+    WHERE d.status <> 'stopped' AND d.id IS DISTINCT FROM $3
+        AND w.last_heartbeat > now() - $1 * interval '1 second' AND w.last_heartbeat < now() - $2 * interval '1 second'
+        AND NOT EXISTS (SELECT FROM jobdaemon.attempts a
+            WHERE a.ended_at > now() - 2 * $1 * interval '1 second' AND a.daemon_id = d.id AND a.error_kind = $4)
+    LIMIT $6) AS died;
+
 -- name: lock_orders
 -- Orders first, by id; then jobs; then images: every transaction that touches several keeps this order.
 SELECT id, finished_at IS NOT NULL AS ended FROM jobdaemon.orders WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
