@@ -289,8 +289,13 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             require_schema=require_schema,
             ensure_rows=lambda: ensure_rows(store, settings),
             discard=lambda keys: _discard(artifacts, keys, events),
+            images_per_call=_images_per_call(settings, providers),
         )
         yield Daemon(supervisor, store, artifacts)
+
+
+def _images_per_call(settings: Settings, providers: Mapping[str, Provider]) -> Callable[[str], int]:
+    return lambda name: min(settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1)
 
 
 def open_http_client(settings: Settings) -> GuardedClient:
@@ -328,9 +333,7 @@ def build_stages(
             fetch=lambda url: fetch(url, photos.max_bytes),
             strength=settings.beautify.strength,
             max_photo_bytes=photos.max_bytes,
-            images_per_call=lambda name: min(
-                settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1
-            ),
+            images_per_call=_images_per_call(settings, providers),
         ),
         Task.GENERATE: GenerateStage(
             orders=orders, store=artifacts, providers=providers, max_photo_bytes=photos.result_max_bytes

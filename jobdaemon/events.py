@@ -137,6 +137,15 @@ class OrderSettled(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class OrderMended(Event):
+    """Somebody else had ended or deleted jobs of an open order: so many were made again, so many images (or the order) failed."""
+
+    order_id: int
+    jobs: int = 0
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class DatabaseLost(Event):
     """Postgres stopped answering; said once per outage."""
 

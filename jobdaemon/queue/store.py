@@ -20,6 +20,7 @@ import asyncpg
 from jobdaemon import db
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import Job, JobStatus
+from jobdaemon.domain.mending import OrderImage, OrderJob, StrayOrder, mend
 from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
@@ -39,6 +40,7 @@ _FINAL = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.ABORTED}
 
 _JOBS = sql.load("jobs.sql")
 _ORDERS = sql.load("orders.sql")
+_RECONCILE = sql.load("reconcile.sql")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,16 @@ class OrderChange:
     status: str
     has_ended: bool
     told: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """An open order that was out of line with its jobs: so many *jobs* were made again, so many *failures* written."""
+
+    order_id: int
+    jobs: int
+    failures: int
+    ended_as: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +267,55 @@ class PostgresJobStore:
         async with self._upkeep.use() as connection:
             lifted: int = await connection.fetchval(_ORDERS["lift_orders"], limit)
         return lifted
+
+    async def open_orders(self, *, after: int, limit: int) -> dict[int, bool]:
+        """The next open orders after this id, and of each whether it waits for a job that is not there."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_RECONCILE["open_orders"], after, limit)
+        return {record["id"]: record["is_stray"] for record in records}
+
+    async def mend_orders(self, order_ids: Iterable[int], images_per_call: Callable[[str], int]) -> list[Mended]:
+        """
+        Bring open orders back in line with their jobs, whatever became of those; nothing where they are.
+
+        Args:
+            images_per_call: of a provider, by its name.
+        """
+        async with self._finishes.use() as connection, connection.transaction():
+            strays = await self._load_strays(connection, sorted(order_ids))
+            mendings = {order.id: mend(order, images_per_call(order.provider)) for order in strays}
+            for statement, group in writes.by_statement(write for mending in mendings.values() for write in mending.writes):
+                await connection.execute(_ORDERS[statement], json.dumps([writes.row(write) for write in group]))
+            if jobs := [writes.job_row(job) for mending in mendings.values() for job in mending.jobs]:
+                await connection.execute(_JOBS["defer_jobs"], json.dumps(jobs))
+            calls = [(order_id, *pair) for order_id, mending in mendings.items() for pair in mending.resumed]
+            if calls:
+                names = ("order_id", "batch", "first")
+                document = json.dumps([dict(zip(names, call, strict=True)) for call in calls])
+                await connection.execute(_RECONCILE["hand_on_calls"], document)
+            ended = {change.order_id: change for change in await self._settle(connection, set(mendings)) if change.has_ended}
+        return [
+            Mended(order_id, len(mending.jobs), len(mending.writes), ended[order_id].status if order_id in ended else None)
+            for order_id, mending in mendings.items()
+            if mending.jobs or mending.writes or order_id in ended
+        ]
+
+    @staticmethod
+    async def _load_strays(connection: db.Connection, order_ids: list[int]) -> list[StrayOrder]:
+        """Lock those that are open, and look at them with a new snapshot."""
+        orders = await connection.fetch(_RECONCILE["lock_strays"], order_ids)
+        order_ids = [order["id"] for order in orders]
+        images: dict[int, list[OrderImage]] = {order_id: [] for order_id in order_ids}
+        jobs: dict[int, list[OrderJob]] = {order_id: [] for order_id in order_ids}
+        for row in await connection.fetch(_RECONCILE["stray_images"], order_ids):
+            images[row["order_id"]].append(OrderImage(row["index"], row["prompt"], row["status"]))
+        for row in await connection.fetch(_RECONCILE["stray_jobs"], order_ids):
+            job = Job(row["id"], "", row["task_name"], 0, json.loads(row["args"]))
+            jobs[row["order_id"]].append(OrderJob(job, row["status"]))
+        return [
+            StrayOrder(id, order["priority"], order["provider"], order["is_beautified"], images[id], jobs[id])
+            for id, order in zip(order_ids, orders, strict=True)  # noqa: A001 - an order's
+        ]
 
     async def lost_jobs(
         self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500

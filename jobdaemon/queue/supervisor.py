@@ -72,9 +72,11 @@ class Supervisor:
         require_schema: Callable[[list[str]], None],
         ensure_rows: Callable[[], Awaitable[None]],
         discard: Callable[[tuple[str, ...]], Awaitable[None]],
+        images_per_call: Callable[[str], int] = lambda provider: 1,  # noqa: ARG005 - a provider's name
     ) -> None:
         """
         Args:
+            images_per_call: how many images one call of a provider makes, for jobs that have to be made again.
             require_schema: raises SchemaVersionError when these applied migrations do not fit this program.
             ensure_rows: inserts the plans and queues of the settings that are missing.
             discard: deletes artifacts that nobody needs any more; must not raise.
@@ -126,6 +128,7 @@ class Supervisor:
             daemon_id=lambda: self.daemon_id,
             may_rescue=self._heartbeat.may_rescue,
             on_drain=self._drain,
+            images_per_call=images_per_call,
         )
 
     @property
