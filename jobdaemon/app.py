@@ -92,6 +92,7 @@ def address(settings: Settings, url: str) -> DatabaseAddress:
     return DatabaseAddress(
         url,
         connect_timeout=settings.database.connect_timeout,
+        idle_in_transaction=settings.engine.lease,
         use_statement_cache=settings.database.statement_cache,
     )
 

@@ -128,6 +128,46 @@ class JobsRescued(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class CircuitTurned(Event):
+    """
+    The circuit of a queue turned, over all daemons: *open* for *seconds*, *in_a_row* times by now, because of *reason*; *probing*
+    with one job of this daemon; *closed*, since one succeeded.
+    """
+
+    queue: str
+    circuit: Literal["open", "probing", "closed"]
+    seconds: float | None = None
+    in_a_row: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitAdapted(Event):
+    """The adaptive limit of a queue went from *was* to *limit*; None: there was, or is, none."""
+
+    queue: str
+    was: int | None
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRests(Event):
+    """Nothing of a queue starts for *seconds*: its provider refused though nothing else ran, or asked for it."""
+
+    queue: str
+    seconds: float
+    in_a_row: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OrdersLifted(Event):
+    """*count* orders had waited longer than their plan's ``lift_after``."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class OrderSettled(Event):
     """An order reached its final status: completed, partial, failed or cancelled."""
 

@@ -17,6 +17,7 @@ import structlog
 
 from jobdaemon.events import (
     CheckpointCommitted,
+    CircuitTurned,
     CommitFailed,
     DaemonReady,
     DaemonStarted,
@@ -32,8 +33,11 @@ from jobdaemon.events import (
     JobStarted,
     LeaseInDoubt,
     LeaseLost,
+    LimitAdapted,
     OrderMended,
     OrderSettled,
+    OrdersLifted,
+    QueueRests,
     SettingsReloaded,
     UpkeepFailed,
 )
@@ -56,6 +60,10 @@ _LINES: Mapping[type[Event], tuple[Level, str]] = {
     LeaseLost: ("warning", "lease lost"),
     LeaseInDoubt: ("warning", "lease in doubt"),
     JobsRescued: ("warning", "jobs rescued"),
+    CircuitTurned: ("info", "circuit turned"),
+    LimitAdapted: ("info", "limit adapted"),
+    QueueRests: ("info", "queue rests"),
+    OrdersLifted: ("info", "orders lifted"),
     OrderMended: ("warning", "order mended"),
     OrderSettled: ("info", "order settled"),
     DatabaseLost: ("error", "database lost"),
@@ -75,6 +83,12 @@ def level_of(event: Event) -> Level:
     match event:
         case JobFinished(outcome="failed") | CommitFailed(is_dropped=True):
             return "error"
+        case CircuitTurned(circuit="open", in_a_row=1):
+            return "warning"
+        case LimitAdapted(was=int(), limit=int()):
+            return "debug"
+        case QueueRests(in_a_row=count) if count > 1:
+            return "debug"
         case JobFinished(outcome="retry") | OrderSettled(status="failed" | "partial"):
             return "warning"
         case SettingsReloaded(error=str()):

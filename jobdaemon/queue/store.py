@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,7 @@ from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
 from jobdaemon.domain.write import OrderFailed
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
+from jobdaemon.events import Event
 from jobdaemon.ports import ImageRow, OrderRow
 from jobdaemon.queue import fence, sql, writes
 from jobdaemon.queue.steering import Steering
@@ -35,6 +36,9 @@ READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL = "jobdaemon_jobs", "jobdaemon
 #: The running job whose id is the payload should stop.
 ABORT_CHANNEL = "jobdaemon_abort"
 CHANNELS = (READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL, ABORT_CHANNEL)
+
+#: A queue whose lock somebody holds for longer has to wait: the other queues of this daemon claim over the same connection.
+_CLAIM_PATIENCE = timedelta(seconds=1)
 
 _FINAL = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.ABORTED}
 
@@ -103,17 +107,18 @@ class Mended:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What the database made of a group of transitions: one verdict each, in order, and the orders that moved."""
+    """What the database made of a group of transitions: one verdict each, in order, the orders that moved, and what to tell."""
 
     verdicts: list[Verdict]
     changes: list[OrderChange]
+    news: list[Event] = field(default_factory=list)
 
 
 class PostgresJobStore:
     """Claims, commits, beats and reads. Every method raises DatabaseUnavailableError when the connection is lost."""
 
     def __init__(self, address: db.DatabaseAddress) -> None:
-        self._claims = db.Session(address, name="claim")
+        self._claims = db.Session(address, name="claim", lock_timeout=_CLAIM_PATIENCE)
         self._finishes = db.Session(address, name="finish")
         self._upkeep = db.Session(address, name="upkeep")
         self._reads = db.Session(address, name="read")
@@ -121,6 +126,7 @@ class PostgresJobStore:
         self._steering = Steering()
         self._on_notify: Callable[[str, str], None] | None = None
         self._on_silence: Callable[[], None] | None = None
+        self._on_probe: Callable[[str], None] | None = None
 
     async def close(self) -> None:
         """Close all connections."""
@@ -130,7 +136,12 @@ class PostgresJobStore:
 
     # Listening
 
-    def listen(self, on_notify: Callable[[str, str], None], on_silence: Callable[[], None]) -> None:
+    def listen(
+        self,
+        on_notify: Callable[[str, str], None],
+        on_silence: Callable[[], None],
+        on_probe: Callable[[str], None] | None = None,
+    ) -> None:
         """
         Hear of ready jobs and changed queues from the next heartbeat on.
 
@@ -138,9 +149,11 @@ class PostgresJobStore:
             on_notify: gets channel and payload; a new connection calls it with channel ``""``, since something may have
                 been missed.
             on_silence: called when the listening connection is lost; a heartbeat brings it back.
+            on_probe: gets the queue whose open circuit a claim of ours probes.
         """
         self._on_notify = on_notify
         self._on_silence = on_silence
+        self._on_probe = on_probe
 
     async def _listen(self, connection: db.Connection) -> None:
         if self._on_notify is None:
@@ -229,6 +242,7 @@ class PostgresJobStore:
 
         Raises:
             LeaseLostError: this daemon's row is gone: it has to register again.
+            DatabaseUnavailableError: also when somebody has held the queue's lock for a second.
         """
         async with self._claims.use() as connection:
             try:
@@ -236,8 +250,12 @@ class PostgresJobStore:
             except asyncpg.UniqueViolationError:
                 # A stock worker took a job with the same lock between our look and our update: as good as none ready.
                 return []
+            except asyncpg.LockNotAvailableError as error:
+                raise DatabaseUnavailableError(f"queue {queue} is locked") from error
             except asyncpg.ForeignKeyViolationError as error:
                 raise LeaseLostError("somebody removed this daemon's row") from error
+        if records and records[0]["circuit_before"] == "open" and self._on_probe is not None:
+            self._on_probe(queue)
         jobs = [_job(record, queue) for record in records]
         return sorted(jobs, key=Job.claim_order)
 
@@ -376,10 +394,10 @@ class PostgresJobStore:
             await self._end_jobs(connection, [ruling for ruling in rulings if ruling.status is not None], daemon_id)
             changes = await self._settle(connection, changed)
             ended_here = [t for t, ruling in zip(transitions, rulings, strict=True) if ruling.status is not None]
-            await self._steering.apply(connection, ended_here)
+            news = await self._steering.apply(connection, ended_here)
             if queues := sorted(set(wake)):
                 await connection.execute(_JOBS["wake_queues"], queues)
-        return Committed([ruling.verdict for ruling in rulings], changes)
+        return Committed([ruling.verdict for ruling in rulings], changes, news)
 
     async def _apply_writes(self, connection: db.Connection, transitions: list[Transition]) -> set[int]:
         """Run the writes of accepted transitions, kind by kind; returns the orders that may have moved on."""

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import DaemonReady, DaemonStarted, DaemonStopped, DaemonStopping, Events, LeaseInDoubt, UpkeepFailed
+from jobdaemon.events import (
+    CircuitTurned,
+    DaemonReady,
+    DaemonStarted,
+    DaemonStopped,
+    DaemonStopping,
+    Events,
+    LeaseInDoubt,
+    UpkeepFailed,
+)
 from jobdaemon.ports import Stage
 from jobdaemon.queue.attempt import AttemptRules, AttemptRunner
 from jobdaemon.queue.committer import Committer
@@ -189,7 +198,11 @@ class Supervisor:
         self._events.emit(DaemonStarted(daemon_id="", queues=self._team_sizes))
         if not await self._reach_database(wait_for_database):
             return
-        self._store.listen(self._upkeep.heard, self._heartbeat.beat_now)
+        self._store.listen(
+            self._upkeep.heard,
+            self._heartbeat.beat_now,
+            on_probe=lambda queue: self._events.emit(CircuitTurned(queue, "probing")),
+        )
         services = [asyncio.ensure_future(self._committer.run()), asyncio.ensure_future(self._heartbeat.run())]
         claiming = [asyncio.ensure_future(team.run()) for team in self._teams.values()]
         upkeep = asyncio.ensure_future(self._upkeep.run())

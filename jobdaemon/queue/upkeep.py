@@ -18,7 +18,7 @@ from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import MAX_DEATHS, after_death
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, UpkeepFailed
+from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, UpkeepFailed
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, PostgresJobStore
 from jobdaemon.queue.team import Team
@@ -141,8 +141,8 @@ class Upkeep:
         if promoted.has_expired:
             for change in await self._store.expire_orders():
                 self._events.emit(OrderSettled(order_id=change.order_id, status=change.status))
-        if promoted.has_overdue and await self._store.lift_orders(_LIFT_LIMIT) >= _LIFT_LIMIT:
-            self._now.set()  # more may be overdue
+        if promoted.has_overdue:
+            await self._lift()
         if is_poll or self._queues_changed:
             self._queues_changed = False
             try:
@@ -155,6 +155,13 @@ class Upkeep:
             self._polls += 1
             if self._polls % _RECONCILE_EVERY == 0:
                 await self._reconcile()
+
+    async def _lift(self) -> None:
+        count = await self._store.lift_orders(_LIFT_LIMIT)
+        if count:
+            self._events.emit(OrdersLifted(count=count))
+        if count >= _LIFT_LIMIT:
+            self._now.set()  # more may be overdue
 
     async def _follow_queues(self) -> None:
         daemon_id = self._daemon_id()

@@ -42,8 +42,11 @@ FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority int
 ON CONFLICT (name) DO NOTHING;
 
 -- name: claim
--- Up to $3 ready jobs of one queue, under one token.
-SELECT id, task_name, priority, args, attempts, deaths, token FROM jobdaemon.claim_jobs($1, $2, $3);
+-- Up to $3 ready jobs of one queue, under one token. How its circuit was before: this statement sees nothing of what the function
+-- does.
+SELECT id, task_name, priority, args, attempts, deaths, token,
+    (SELECT q.circuit FROM jobdaemon.queues q WHERE q.name = $1) AS circuit_before
+FROM jobdaemon.claim_jobs($1, $2, $3);
 
 -- name: queue_rows
 -- What operators set for these queues and for daemon $2, and whether a job is ready in them: the net below the notifications.
