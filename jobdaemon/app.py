@@ -93,6 +93,7 @@ def address(settings: Settings, url: str) -> DatabaseAddress:
     return DatabaseAddress(
         url,
         connect_timeout=settings.database.connect_timeout,
+        idle_in_transaction=settings.engine.lease,
         use_statement_cache=settings.database.statement_cache,
     )
 
@@ -243,13 +244,15 @@ class Daemon:
 
 def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[str, QueueRules]:
     served = [BEAUTIFY_QUEUE, *(generate_queue(name) for name in providers), UPLOAD_QUEUE]
+    paid = {generate_queue(name) for name, provider in providers.items() if provider.is_paid}
     rules: dict[str, QueueRules] = {}
     for name in served:
         queue = settings.queue(name)
         policy = RetryPolicy(queue.attempts, queue.backoff, queue.backoff_cap, queue.jitter)
         if queue.team_size > 0:
             # An upload knows what it has stored only when it ends.
-            rules[name] = QueueRules(queue.team_size, AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE))
+            attempt = AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE, is_paid=name in paid)
+            rules[name] = QueueRules(queue.team_size, attempt)
     return rules
 
 
@@ -291,8 +294,13 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             require_schema=require_schema,
             ensure_rows=lambda: ensure_rows(store, settings),
             discard=lambda keys: _discard(artifacts, keys, events),
+            images_per_call=_images_per_call(settings, providers),
         )
         yield Daemon(supervisor, store, artifacts)
+
+
+def _images_per_call(settings: Settings, providers: Mapping[str, Provider]) -> Callable[[str], int]:
+    return lambda name: min(settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1)
 
 
 def open_http_client(settings: Settings) -> GuardedClient:
@@ -343,9 +351,7 @@ def build_stages(
             fetch=lambda url: fetch(url, photos.max_bytes),
             strength=settings.beautify.strength,
             max_photo_bytes=photos.max_bytes,
-            images_per_call=lambda name: min(
-                settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1
-            ),
+            images_per_call=_images_per_call(settings, providers),
         ),
         Task.GENERATE: GenerateStage(
             orders=orders, store=artifacts, providers=providers, max_photo_bytes=photos.result_max_bytes

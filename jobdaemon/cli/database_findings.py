@@ -36,6 +36,7 @@ OUR_INDEXES = (
     "jobs_scheduled_idx",
     "jobs_failed_idx",
     "jobs_order_idx",
+    "jobs_stopped_idx",
 )
 
 _TRIGGERS = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'jobdaemon.procrastinate_jobs'::regclass AND NOT tgisinternal"

@@ -11,6 +11,8 @@ from typing import Any
 #: Sorts after every order.
 _NO_ORDER = 2**63
 
+#: A job whose workers died so often is a suspect: it runs alone.
+SUSPECT_AFTER = 2
 BEAUTIFY_QUEUE = "beautify"
 UPLOAD_QUEUE = "upload"
 
@@ -82,6 +84,11 @@ class Job:
     def attempt(self) -> int:
         """The running attempt, counted from 1."""
         return self.attempts + 1
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether so many workers died while it ran that it has to run alone."""
+        return self.deaths >= SUSPECT_AFTER
 
     @property
     def order_id(self) -> int | None:

@@ -51,6 +51,7 @@ class Transition:
         frees_elsewhere: the slot this frees is another daemon's to use.
         signal: what the error says of the queue.
         retry_after: how long the other side asked us to wait, with a signal.
+        ran_by: the daemon whose attempt this was, where another one ends it.
     """
 
     job: Job
@@ -63,6 +64,7 @@ class Transition:
     frees_elsewhere: bool = False
     signal: Signal | None = None
     retry_after: timedelta | None = None
+    ran_by: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

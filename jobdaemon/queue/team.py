@@ -39,7 +39,7 @@ class Team:
     ) -> None:
         """
         Args:
-            until_lease_holds: returns once this daemon may claim: its heartbeat is recent.
+            until_lease_holds: returns once this daemon may claim: its heartbeat is recent, and no suspect has it for itself.
         """
         self.queue = queue
         self._configured_size = size
@@ -78,6 +78,14 @@ class Team:
         for task, running_id in self._attempts.items():
             if running_id == job_id and self._rules.is_abortable:
                 task.cancel()
+
+    def abort_paid(self, reason: str) -> int:
+        """Stop all attempts of a queue whose calls are paid for, and hand their jobs back, as the fence decides; how many."""
+        if not self._rules.is_paid:
+            return 0
+        for task in self._attempts:
+            task.cancel(reason)
+        return len(self._attempts)
 
     def steer(self, *, is_paused: bool, size: int | None) -> None:
         """Follow what operators set; a smaller team lets the surplus run out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -97,6 +98,11 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         assert await store.load_order(job.order_id) is not None
         assert len(await store.load_images(job.order_id)) == 2
         assert await store.open_call(job.id) is None
+        assert await store.answers(timeout=timedelta(seconds=5))
+        assert await store.other_deaths(job, None, lease=timedelta(seconds=1)) == 0
+        assert await store.open_orders(after=0, limit=9) == {job.order_id: False}
+        sql.execute("DELETE FROM jobdaemon.procrastinate_jobs")
+        assert len(await store.mend_orders([job.order_id], lambda provider: 1)) == 1
         await store.set_daemon_status(daemon_id, "stopped")
     finally:
         await store.close()

@@ -16,6 +16,10 @@ RETURNING id;
 -- Says that the daemon lives; no row means that somebody removed it and it has to register again.
 UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = clock_timestamp() WHERE id = $1 RETURNING id;
 
+-- name: answers
+-- Whether this server takes writes; a standby, or the old primary after a failover, does not.
+SELECT current_setting('transaction_read_only') = 'off';
+
 -- name: set_daemon_status
 -- running, stopping or stopped; a stopped daemon's heartbeat ends now, so that what it left can be rescued at once.
 WITH worker AS (
@@ -38,8 +42,11 @@ FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority int
 ON CONFLICT (name) DO NOTHING;
 
 -- name: claim
--- Up to $3 ready jobs of one queue, under one token.
-SELECT id, task_name, priority, args, attempts, deaths, token FROM jobdaemon.claim_jobs($1, $2, $3);
+-- Up to $3 ready jobs of one queue, under one token. How its circuit was before: this statement sees nothing of what the function
+-- does.
+SELECT id, task_name, priority, args, attempts, deaths, token,
+    (SELECT q.circuit FROM jobdaemon.queues q WHERE q.name = $1) AS circuit_before
+FROM jobdaemon.claim_jobs($1, $2, $3);
 
 -- name: queue_rows
 -- What operators set for these queues and for daemon $2, and whether a job is ready in them: the net below the notifications.
@@ -92,6 +99,19 @@ WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queue
         OR j.worker_id = $3)
     AND NOT (j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true))
 ORDER BY j.id LIMIT $2;
+
+-- name: other_deaths
+-- Signs of the last $1 seconds that workers die whatever they run: those that died (silent for $2, and never stopped), without
+-- worker $3 and those in which a suspect ran alone ($4), $6 at most; and every other suspect than job $5 that died so.
+SELECT (SELECT count(DISTINCT a.job_id) FROM jobdaemon.attempts a
+        WHERE a.ended_at > now() - $1 * interval '1 second' AND a.error_kind = $4 AND a.job_id <> $5)
+    + count(*) FROM (
+    SELECT FROM jobdaemon.daemons d JOIN jobdaemon.procrastinate_workers w ON w.id = d.id
+    WHERE d.status <> 'stopped' AND d.id IS DISTINCT FROM $3
+        AND w.last_heartbeat > now() - $1 * interval '1 second' AND w.last_heartbeat < now() - $2 * interval '1 second'
+        AND NOT EXISTS (SELECT FROM jobdaemon.attempts a
+            WHERE a.ended_at > now() - 2 * $1 * interval '1 second' AND a.daemon_id = d.id AND a.error_kind = $4)
+    LIMIT $6) AS died;
 
 -- name: lock_orders
 -- Orders first, by id; then jobs; then images: every transaction that touches several keeps this order.

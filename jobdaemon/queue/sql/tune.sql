@@ -144,7 +144,9 @@ BEGIN
         ('jobs_scheduled_idx', '(scheduled_at) WHERE status = ''todo'' AND scheduled_at IS NOT NULL'),
         ('jobs_failed_idx', '(queue_name) WHERE status = ''failed'''),
         -- from an order to its jobs; only our own tasks, since another app's order_id need not be a number
-        ('jobs_order_idx', '(((args ->> ''order_id'')::bigint)) WHERE task_name LIKE ''jobdaemon.%'' AND status IN (''todo'', ''doing'', ''failed'')')
+        ('jobs_order_idx', '(((args ->> ''order_id'')::bigint)) WHERE task_name LIKE ''jobdaemon.%'' AND status IN (''todo'', ''doing'', ''failed'')'),
+        -- the same for those that somebody stopped
+        ('jobs_stopped_idx', '(((args ->> ''order_id'')::bigint)) WHERE task_name LIKE ''jobdaemon.%'' AND status IN (''cancelled'', ''aborted'')')
     LOOP
         IF to_regclass('jobdaemon.' || v_name) IS NULL THEN
             EXECUTE format('CREATE INDEX %I ON procrastinate_jobs %s', v_name, v_wanted);
