@@ -164,13 +164,15 @@ def _shown(error: BaseException | None) -> str:
     return "" if error is None else "".join(traceback.format_exception(error))
 
 
-async def content_of(image: ImageMade, client: GuardedClient) -> bytes:
+async def content_of(
+    image: ImageMade, client: GuardedClient, *, max_bytes: int = MAX_IMAGE_BYTES, patience: timedelta = timedelta(seconds=5)
+) -> bytes:
     """The bytes of an image, however it came."""
     if image.url is None:
         assert image.content is not None
         assert image.media_type is not None
         return image.content
-    return (await client.download(image.url, max_bytes=MAX_IMAGE_BYTES, timeout=timedelta(seconds=5))).content
+    return (await client.download(image.url, max_bytes=max_bytes, timeout=patience)).content
 
 
 class EveryProvider:
