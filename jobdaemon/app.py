@@ -211,6 +211,9 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
         SettingsError: one cannot work as it is set.
     """
     providers: dict[str, Provider] = {"local": _local_provider(settings)}
+    usable = settings.generate.usable()
+    if "openai_images" in usable:
+        providers["openai_images"] = _openai_images_provider(settings, services)
     return providers
 
 
@@ -231,6 +234,14 @@ def _local_provider(settings: Settings) -> Provider:
         images_per_call=settings.orders.images_per_call,
         find_faces=find_faces,
     )
+
+
+def _openai_images_provider(settings: Settings, services: GuardedClient) -> Provider:
+    from jobdaemon.providers.openai_images import OpenAIImagesProvider
+
+    section = settings.generate.openai_images
+    keys = {} if section.api_key is None else {"default": section.api_key.get_secret_value()}
+    return OpenAIImagesProvider(section, keys=keys, client=services, max_image_bytes=settings.photos.result_max_bytes)
 
 
 @dataclass(frozen=True, slots=True)

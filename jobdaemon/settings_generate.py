@@ -62,7 +62,7 @@ class OpenAIImagesSettings(Section):
     base_url: ServiceUrl = "https://api.openai.com/v1"
     api_key: OptionalSecret = None
     api_key_file: OptionalPath = None
-    model: Annotated[str, Field(min_length=1, max_length=200)] = "gpt-image-1"
+    model: Annotated[str, Field(min_length=1, max_length=200)] = "gpt-image-2"
     endpoint: Literal["edits", "generations"] = "edits"
     images_per_call: Annotated[Whole, Field(ge=1, le=10)] = 5
     size: OptionalText = "1024x1536"

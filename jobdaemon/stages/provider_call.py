@@ -80,6 +80,9 @@ class CallRecord:
         """
         match event:
             case Submitting():
+                if self._is_open:
+                    # One call after another, or a task that is not asked for any more: what came before gives nothing more.
+                    await self.close("partial")
                 await self._submitted(event.task_id, images)
             case TaskAccepted():
                 try:

@@ -107,6 +107,20 @@ async def test_a_call_is_noted_before_it_is_bought() -> None:
     assert done.writes == (CallEnded(1, 9, "succeeded"),)
 
 
+async def test_each_call_of_an_attempt_is_noted_for_itself() -> None:
+    """A provider that asks for the rest in a second call: the first one is closed, the second asks for what is still missing."""
+    orders = _orders()
+    attempt = FakeAttempt(JOB, orders)
+    script: list[Any] = [Submitting(), ImageMade(1, b"1", JPEG), Submitting(), ImageMade(2, b"2", JPEG)]
+    done = await _stage(orders, FakeProvider(script)).run(attempt)
+    assert [write for write in attempt.checkpoints if not isinstance(write, ImageGenerated)] == [
+        CallSubmitted(1, 9, "fake", (1, 2)),
+        CallEnded(1, 9, "partial"),
+        CallSubmitted(1, 9, "fake", (2,)),
+    ]
+    assert done.writes == (CallEnded(1, 9, "succeeded"),)
+
+
 @pytest.mark.parametrize(
     ("script", "closed"),
     [
