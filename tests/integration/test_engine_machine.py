@@ -283,7 +283,7 @@ class EngineMachine(RuleBasedStateMachine):
     def rescue(self) -> None:
         found, self.found = {job.id: job for job in self.found}, []
         if found:
-            self._commit([after_death(job, dead=lambda _: ()) for job in found.values()])
+            self._commit([after_death(job, ran_alone=False, other_deaths=0, dead=lambda _: ()) for job in found.values()])
             # A second death would rest the job: let it in at once.
             self.bench.sql.execute("UPDATE jobdaemon.procrastinate_jobs SET scheduled_at = NULL WHERE status = 'todo'")
 

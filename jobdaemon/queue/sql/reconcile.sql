@@ -47,5 +47,5 @@ UPDATE jobdaemon.provider_calls c SET job_id = j.id
 FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, batch integer, first integer)
 JOIN jobdaemon.procrastinate_jobs j ON (j.args ->> 'order_id')::bigint = w.order_id AND j.task_name LIKE 'jobdaemon.%'
     AND j.task_name = 'jobdaemon.generate' AND j.status = 'todo' AND j.args -> 'images' @> to_jsonb(w.first)
-WHERE c.order_id = w.order_id AND c.batch = w.batch AND c.external_task_id IS NOT NULL AND c.outcome IS NULL
+WHERE c.order_id = w.order_id AND c.batch = w.batch AND c.outcome IS NULL
     AND NOT EXISTS (SELECT FROM jobdaemon.procrastinate_jobs held WHERE held.id = c.job_id AND held.status IN ('todo', 'doing'));
