@@ -210,6 +210,13 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
         SettingsError: one cannot work as it is set.
     """
     providers: dict[str, Provider] = {"local": _local_provider(settings)}
+    usable = settings.generate.usable()
+    if "comfyui" in usable:
+        from jobdaemon.providers.comfyui import ComfyUIProvider
+
+        providers["comfyui"] = ComfyUIProvider(
+            settings.generate.comfyui, client=services, max_image_bytes=settings.photos.result_max_bytes
+        )
     return providers
 
 
