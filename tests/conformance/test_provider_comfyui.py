@@ -302,10 +302,18 @@ async def test_a_call_cut_before_its_submit_is_submitted_anew(rig: Rig) -> None:
     assert rig.report["images_bought"] == 1
 
 
-@pytest.mark.parametrize("task_id", ["x@http://gone.example:8188", "no-address", "", None])
-def test_a_server_that_is_not_set_any_more_has_nothing(rig: Rig, task_id: str | None) -> None:
+async def test_a_server_that_is_not_set_any_more_has_nothing(rig: Rig) -> None:
     """A call at a server that was taken out of the settings is made anew elsewhere; nobody asks the old address."""
-    assert rig.provider()._task(ProviderCall(1, task_id, (1,), None, datetime.now(UTC)))[0] is None
+    seen = await _seen(rig.provider(), _resumed(_request(1), "x@http://gone.example:8188"))
+    assert seen.error is None
+    assert seen.kinds == ["TaskOver", "Submitting", "TaskAccepted", "ImageMade"]
+
+
+async def test_an_id_that_is_none_of_ours_is_over(rig: Rig) -> None:
+    """An id that names no server ends its call with an error, and nothing is made for it."""
+    seen = await _seen(rig.provider(), _resumed(_request(1), "no-such-task"))
+    assert (seen.kinds, type(seen.error)) == (["TaskOver"], ProviderUnavailableError)
+    assert rig.report["images_bought"] == 0
 
 
 async def test_a_server_that_died_with_its_prompt_is_left_for_another(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_filling_leaves_the_workflow_alone() -> None:
 @pytest.mark.parametrize(
     ("nodes", "words"),
     [
+        ("", "is not JSON"),
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ("[]", "API format"),
@@ -118,3 +120,9 @@ def test_a_retry_has_its_seed_again_and_siblings_have_others() -> None:
     assert len(seeds) == 2 * 70 * 2
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert seed_of(1, 1, "a") == seed_of(1, 1, "a")
+
+
+def test_the_documented_placeholders_are_those_there_are() -> None:
+    """The table of docs/providers.md lists every placeholder once."""
+    table = (CONFIG.parent / "docs" / "providers.md").read_text().partition("<!-- placeholders -->")[2].partition("<!--")[0]
+    assert re.findall(r"^\| `\{\{(\w+)\}\}` \|", table, re.MULTILINE) == list(PLACEHOLDERS)

@@ -15,18 +15,22 @@ _REST_S = 15.0
 
 
 class Place:
-    """A call's place at a server, counted by us until the server counts it."""
+    """A call's place at a server, from the choice of the server until the call is over."""
 
     def __init__(self, server: ComfyServer) -> None:
         self.server = server
-        self._has_arrived = False
-        server.arriving += 1
+        self._is_queued = False
+        server.calls += 1
 
-    def arrived(self) -> None:
-        """The server's own queue counts it from now on, or it never will."""
-        if not self._has_arrived:
-            self._has_arrived = True
-            self.server.arriving -= 1
+    def queued(self) -> None:
+        """The server's own count has it from now on."""
+        self._is_queued = True
+        self.server.queued_calls += 1
+
+    def leave(self) -> None:
+        """The call is over, or this process goes on without it."""
+        self.server.calls -= 1
+        self.server.queued_calls -= self._is_queued
 
 
 class ServerPool:
@@ -59,7 +63,7 @@ class ServerPool:
         try:
             yield place
         finally:
-            place.arrived()
+            place.leave()
 
     async def is_any_up(self, without: ComfyServer) -> bool:
         """Whether a server other than *without* takes calls."""
@@ -78,7 +82,7 @@ class ServerPool:
         rested = [server for server in servers if self._rests_until.get(server.url, now) <= now]
         loads = await self._loads(rested) or await self._loads([server for server in servers if server not in rested])
         # No await from here to the place: calls that ask at the same time must not all see the same server idle.
-        return min(loads, key=lambda server: loads[server] + server.arriving, default=None)
+        return min(loads, key=lambda server: _busyness(server, loads[server]), default=None)
 
     async def _loads(self, servers: Sequence[ComfyServer]) -> dict[ComfyServer, int]:
         """The load of each server that is up, in the order of the settings; the others rest."""
@@ -93,3 +97,8 @@ class ServerPool:
             else:
                 raise answer
         return loads
+
+
+def _busyness(server: ComfyServer, remaining: int) -> int:
+    """Other people's prompts, and all our calls: those too that were on their way when the server counted."""
+    return max(0, remaining - server.queued_calls) + server.calls

@@ -107,6 +107,8 @@ class ComfyUIProvider:
                         yield event
                 return
             yield TaskOver()
+            if "@" not in (request.resume.task_id or ""):
+                raise ProviderUnavailableError(f"{NAME}: the call of an earlier attempt has an id that names no server")
         photo = await request.load_photo()
         images = [index for index, _ in request.images]
         tried: dict[ComfyServer, Exception] = {}
@@ -128,7 +130,7 @@ class ComfyUIProvider:
                         tried[server] = error
                         yield TaskOver()
                         continue
-                    place.arrived()
+                    place.queued()
                     yield TaskAccepted(_task_id(server, socket.prompt_id))
                     end = await self._followed(server, socket, is_new=True)
             if end is None:
@@ -151,7 +153,7 @@ class ComfyUIProvider:
         await self._sockets.close()
 
     def _task(self, call: ProviderCall) -> tuple[ComfyServer | None, str]:
-        """The server and the prompt that *call* is; no server when the settings do not name it any more."""
+        """The server and the prompt of ``<prompt id>@<server>``; no server when the settings do not name it any more."""
         prompt_id, _, url = (call.task_id or "").partition("@")
         return self._pool.named(url), prompt_id
 

@@ -45,12 +45,13 @@ class ComfyServer:
 
     Attributes:
         url: its address, without a slash at the end.
-        arriving: calls of ours that are on the way to its queue, which does not count them yet.
+        calls: of this process that it has or will get.
+        queued_calls: those among them that are in its queue.
     """
 
     def __init__(self, url: str, *, client: GuardedClient, sockets: Sockets, call_timeout: timedelta) -> None:
         self.url = url
-        self.arriving = 0
+        self.calls = self.queued_calls = 0
         self._client = client
         self._sockets = sockets
         self._timeout = call_timeout
