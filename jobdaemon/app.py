@@ -214,6 +214,8 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
     usable = settings.generate.usable()
     if "openai_images" in usable:
         providers["openai_images"] = _openai_images_provider(settings, services)
+    if "comfyui" in usable:
+        providers["comfyui"] = _comfyui_provider(settings, services)
     return providers
 
 
@@ -234,6 +236,12 @@ def _local_provider(settings: Settings) -> Provider:
         images_per_call=settings.orders.images_per_call,
         find_faces=find_faces,
     )
+
+
+def _comfyui_provider(settings: Settings, services: GuardedClient) -> Provider:
+    from jobdaemon.providers.comfyui import ComfyUIProvider
+
+    return ComfyUIProvider(settings.generate.comfyui, client=services, max_image_bytes=settings.photos.result_max_bytes)
 
 
 def _openai_images_provider(settings: Settings, services: GuardedClient) -> Provider:

@@ -76,6 +76,7 @@ SYSTEM_CONFIG = Path("/etc/jobdaemon/jobdaemon.toml")
 PROVIDERS = (
     "local",
     "openai_images",
+    "comfyui",
 )
 BACKENDS = ("opencv",)
 #: The door's own bound: enqueue_order refuses longer prompts.

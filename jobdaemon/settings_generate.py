@@ -152,7 +152,7 @@ class ComfyUISettings(Section):
         width: pixels, for the placeholder.
         height: pixels, for the placeholder.
         poll: how often a prompt is asked for when its websocket says nothing.
-        task_timeout: the longest a prompt is waited for in one attempt.
+        task_timeout: the longest a prompt is waited for in one attempt; below the queue's run_timeout.
     """
 
     servers: WebUrls = ()
@@ -161,7 +161,7 @@ class ComfyUISettings(Section):
     width: Pixels = 1024
     height: Pixels = 1536
     poll: LongerThanZero = timedelta(seconds=5)
-    task_timeout: LongerThanZero = timedelta(seconds=600)
+    task_timeout: LongerThanZero = timedelta(seconds=540)
 
 
 class GenerateSettings(Section):

@@ -30,7 +30,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from jobdaemon.errors import SettingsError
-from jobdaemon.sandbox import files, openai_images
+from jobdaemon.sandbox import comfyui, files, openai_images
 from jobdaemon.sandbox.faults import SLOW_FACTOR, Fault
 from jobdaemon.sandbox.referee import Call, Referee
 from jobdaemon.sandbox.shop import Behaviour, Shop
@@ -42,6 +42,7 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 _APIS: tuple[Callable[[Shop], list[web.RouteDef]], ...] = (
     files.routes,
     openai_images.routes,
+    comfyui.routes,
 )
 #: A provider that is full names no time; a second is what most say.
 _RETRY_AFTER_FULL_S = 1

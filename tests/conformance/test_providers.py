@@ -38,9 +38,26 @@ def _openai_images(bench: Bench) -> Provider:
     return OpenAIImagesProvider(settings, keys={"default": SECRET}, client=bench.client, max_image_bytes=MAX_IMAGE_BYTES)
 
 
+def _comfyui(bench: Bench) -> Provider:
+    from jobdaemon.providers.comfyui import ComfyUIProvider
+    from jobdaemon.settings_generate import ComfyUISettings
+
+    settings = ComfyUISettings(
+        servers=(f"{bench.url}/comfyui/one",),
+        workflow=Path(__file__).parents[2] / "config" / "comfyui-example.json",
+        images_per_call=3,
+        width=64,
+        height=64,
+        poll=timedelta(milliseconds=20),
+        task_timeout=timedelta(seconds=10),
+    )
+    return ComfyUIProvider(settings, client=bench.client, max_image_bytes=MAX_IMAGE_BYTES)
+
+
 #: Providers that call a service; one line each.
 SERVICES: Mapping[str, Make] = {
     "openai_images": _openai_images,
+    "comfyui": _comfyui,
 }
 PROVIDERS: Mapping[str, Make] = {"local": _local, **SERVICES}
 

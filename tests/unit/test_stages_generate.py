@@ -197,6 +197,15 @@ async def test_a_task_whose_id_could_not_be_noted_is_given_up() -> None:
     assert [call.task_id for call in provider.cancelled] == ["t1"]
 
 
+async def test_a_task_whose_id_was_noted_is_left_to_whoever_has_the_job_now() -> None:
+    """An id that was chosen here and noted before the submit is known to the next attempt: losing the lease cancels nothing."""
+    provider = FakeProvider([Submitting("t1"), TaskAccepted("t1")])
+    orders = _orders()
+    with pytest.raises(LeaseLostError):
+        await _stage(orders, provider).run(FakeAttempt(JOB, orders, lost_after=1))
+    assert provider.cancelled == []
+
+
 async def test_a_paid_image_outlives_a_store_that_is_away_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inline bytes are kept and put again when the store does not answer: asking the provider again would cost money."""
     monkeypatch.setattr(generate, "_STORE_RESTS_S", (0.0, 0.0))
