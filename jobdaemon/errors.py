@@ -10,6 +10,7 @@ Every error this package raises on purpose.
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
         RateLimitedError          a capacity signal: costs no attempt
+        KeyRefusedError           the key rests and the job goes on with another: costs no attempt
         DeviceMemoryError
         StoreUnavailableError
         SourceUnavailableError    one order's photo or link; says nothing about anybody else's
@@ -81,6 +82,22 @@ class ProviderUnavailableError(RetryableError):
 
 class RateLimitedError(RetryableError):
     """A provider said it is at capacity. Retried without spending an attempt."""
+
+
+class KeyRefusedError(RetryableError):
+    """
+    The provider refused this key, or its account is out of money.
+
+    The key rests, and the job waits for another one without spending an attempt; where the provider's keys are none of the
+    engine's (the job has no key) it is retried as after any other error, so that it ends.
+
+    Attributes:
+        is_out_of_money: the key itself is fine, its account or its quota is empty.
+    """
+
+    def __init__(self, message: str, *, is_out_of_money: bool = False, retry_after: timedelta | None = None) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.is_out_of_money = is_out_of_money
 
 
 class DeviceMemoryError(RetryableError):

@@ -81,6 +81,7 @@ class GenerateRequest:
         load_photo: fetches its bytes.
         params: the order's free parameters.
         task_id: the provider's id of this very call when an earlier attempt noted one: resume it, never submit again.
+        key: alias of the key this call has to be made with; None where the provider knows no keys.
     """
 
     order_id: int
@@ -90,6 +91,7 @@ class GenerateRequest:
     load_photo: Callable[[], Awaitable[bytes]]
     params: Mapping[str, Any] = field(default_factory=dict)
     task_id: str | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class Provider(Protocol):
         the iterator ends is a failure of the call.
 
         Raises:
-            RateLimitedError, ProviderUnavailableError: Retryable.
+            RateLimitedError, KeyRefusedError, ProviderUnavailableError: Retryable.
             ProviderRefusedError, UnsupportedFeatureError: Permanent.
         """
         ...

@@ -111,8 +111,9 @@ async def running_daemon(
     engine: EngineRules = QUICK,
     rules: AttemptRules = RULES,
     team_size: int = 2,
+    keys: tuple[str, ...] | None = None,
 ) -> AsyncIterator[RunningDaemon]:
-    """Run a daemon that serves every queue of the tests' plans; stop it in order at the end."""
+    """Run a daemon that serves every queue of the tests' plans, with *keys* for its provider; stop it in order at the end."""
     events = Events()
     seen: list[Event] = []
     events.subscribe(seen.append)
@@ -124,7 +125,7 @@ async def running_daemon(
     supervisor = Supervisor(
         store=store,
         stages=stages.table(),
-        queues={name: QueueRules(team_size, rules) for name in QUEUES},
+        queues={name: QueueRules(team_size, rules, keys if name.startswith("generate.") else None) for name in QUEUES},
         engine=engine,
         events=events,
         version="test",

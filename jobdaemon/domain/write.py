@@ -39,13 +39,14 @@ class PhotoBeautified:
 
 @dataclass(frozen=True, slots=True)
 class CallSubmitted:
-    """A provider took a call under its own id: never buy it again."""
+    """A provider took a call under its own id: never buy it again. *key_alias* is the key it was made with, if any."""
 
     order_id: int
     job_id: int
     batch: int
     provider: str
     task_id: str | None
+    key_alias: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import asyncio
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.errors import DatabaseUnavailableError, RetryableError
-from jobdaemon.events import CommitFailed, Events, OrderSettled
+from jobdaemon.events import CommitFailed, Events, KeyRested, OrderSettled
 from jobdaemon.queue.store import OrderChange, PostgresJobStore
 
 MAX_GROUP = 200
@@ -97,6 +97,9 @@ class Committer:
                 rest_s = min(rest_s * 2, _LONGEST_REST_S)
                 continue
             self._announce(committed.changes)
+            for key in committed.resting:
+                seconds = key.rest.total_seconds()
+                self._events.emit(KeyRested(provider=key.provider, alias=key.alias, seconds=seconds, reason=key.reason))
             return committed.verdicts
 
     async def _give_up_on(self, transition: Transition, future: asyncio.Future[Verdict], error: Exception) -> None:

@@ -35,6 +35,7 @@ class _Tally:
     outages: list[int] = field(default_factory=list)
     others: int = 0
     retry_after: list[Any] = field(default_factory=list)
+    keys_rest: bool = False
 
 
 class Steering:
@@ -79,6 +80,7 @@ class Steering:
                 outages=tuple(tally.outages),
                 others=tally.others,
                 retry_after=max(tally.retry_after, default=None),
+                keys_rest=tally.keys_rest,
             )
             scene = _scene(record)
             documents.append(_document(name, steer(_state(record), ends, scene), scene.now))
@@ -93,9 +95,13 @@ class Steering:
             token = transition.job.token or 0
             if transition.signal is Signal.CAPACITY:
                 tally.refused.append(token)
-                if transition.retry_after is not None:
+                if transition.retry_after is not None and transition.job.key_alias is not None:
+                    tally.keys_rest = True
+                elif transition.retry_after is not None:
                     tally.retry_after.append(transition.retry_after)
                 continue
+            if transition.signal in (Signal.KEY, Signal.MONEY):
+                continue  # says nothing of what the queue bears
             tally.others += 1
             if transition.signal is Signal.OUTAGE:
                 tally.outages.append(token)

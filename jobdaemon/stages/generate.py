@@ -56,7 +56,8 @@ class GenerateStage:
         missing = {row.index: row.prompt for row in rows if row.index in wanted and row.status == "pending"}
         if not missing:
             return Done()
-        request = self._request(order, order.beautified, rows, missing, task_id=await self._orders.open_call(job.id))
+        task_id = await self._orders.open_call(job.id)
+        request = self._request(order, order.beautified, rows, missing, task_id=task_id, key=job.key_alias)
         async with aclosing(provider.generate(request)) as events:
             async for event in events:
                 await attempt.checkpoint(await self._note(event, attempt, order, provider.name))
@@ -73,7 +74,14 @@ class GenerateStage:
         return provider
 
     def _request(
-        self, order: OrderRow, photo: Artifact, rows: Sequence[ImageRow], missing: Mapping[int, str], *, task_id: str | None
+        self,
+        order: OrderRow,
+        photo: Artifact,
+        rows: Sequence[ImageRow],
+        missing: Mapping[int, str],
+        *,
+        task_id: str | None,
+        key: str | None,
     ) -> GenerateRequest:
         [prompt] = set(missing.values())
         same_prompt = [row.index for row in rows if row.prompt == prompt]
@@ -85,13 +93,14 @@ class GenerateStage:
             load_photo=lambda: self._store.get(photo.key, max_bytes=self._max_photo_bytes),
             params=order.params,
             task_id=task_id,
+            key=key,
         )
 
     async def _note(self, event: ProviderEvent, attempt: Attempt, order: OrderRow, provider: str) -> Write:
         match event:
             case TaskAccepted():
                 job = attempt.job
-                return CallSubmitted(order.id, job.id, min(job.args["images"]), provider, event.task_id)
+                return CallSubmitted(order.id, job.id, min(job.args["images"]), provider, event.task_id, job.key_alias)
             case ImageRefused():
                 return ImageFailed(order.id, event.index, event.reason, was="pending")
             case ImageMade():

@@ -16,10 +16,10 @@ WHERE o.id = w.order_id AND o.beautified IS NULL
 RETURNING o.id AS order_id;
 
 -- name: call_submitted
--- {order_id, job_id, batch, provider, task_id}: one row per call, found again by its job and task id.
-INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, external_task_id)
-SELECT w.order_id, w.job_id, w.batch, w.provider, w.task_id
-FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, batch integer, provider text, task_id text)
+-- {order_id, job_id, batch, provider, task_id, key_alias}: one row per call, found again by its job and task id.
+INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, external_task_id, key_alias)
+SELECT w.order_id, w.job_id, w.batch, w.provider, w.task_id, w.key_alias
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, batch integer, provider text, task_id text, key_alias text)
 WHERE NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = w.job_id AND c.external_task_id = w.task_id)
 RETURNING order_id;
 
