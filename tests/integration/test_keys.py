@@ -23,7 +23,7 @@ from jobdaemon.domain.keys import OUT_OF_MONEY, REFUSED, KeyedJob, KeyState, Pro
 from jobdaemon.domain.outcome import End, Signal, Transition
 from jobdaemon.domain.picking import LIFTED_PRIORITY
 from jobdaemon.domain.write import CallSubmitted
-from jobdaemon.errors import KeyRefusedError, RateLimitedError
+from jobdaemon.errors import KeyRefusedError
 from jobdaemon.events import KeyRested
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
@@ -34,7 +34,7 @@ QUEUE = "generate.local"
 HASTY = replace(RULES, retry=replace(RULES.retry, backoff=timedelta(seconds=0.05), cap=timedelta(seconds=0.1)))
 
 
-def add_key(sql: Sql, alias: str = "a", **values: object) -> None:
+def add_key(sql: Sql, alias: str = "a", **values: Any) -> None:
     """Insert one key of the tests' provider."""
     columns = {"provider": "local", "alias": alias} | values
     names, marks = ", ".join(columns), ", ".join(["%s"] * len(columns))
@@ -179,7 +179,7 @@ def _state(alias: str, values: tuple[Any, ...], now: datetime) -> KeyState:
 
 def _waiting(ready: list[tuple[int, str | None, bool, int]]) -> tuple[list[KeyedJob], list[Row]]:
     """The ready jobs in claim order, and as rows; a row may not say what its job has bought."""
-    rows = [
+    rows: list[Row] = [
         {
             "id": number,
             "priority": priority,
@@ -188,7 +188,7 @@ def _waiting(ready: list[tuple[int, str | None, bool, int]]) -> tuple[list[Keyed
             "bought": bought,
         }
         # Where nothing can be bought, the claim finds only those whose row says it.
-        for number, (images, bought, is_marked, priority) in enumerate(ready, start=1)
+        for number, (images, bought, is_marked, priority) in enumerate(ready, start=10**9)
         if bought is None or is_marked
     ]
     in_order = sorted(rows, key=lambda row: (-row["priority"], row["id"]))
@@ -366,7 +366,7 @@ async def test_a_job_that_bought_nothing_forgets_its_key(stores: list[PostgresJo
 
 
 async def test_a_refused_key_rests_and_the_other_goes_on(engine_database: str, sql: Sql) -> None:
-    """The refused job runs under the other key without having spent an attempt; the rest is told, without the provider's words."""
+    """The refused job runs under the other key without having spent an attempt; the event holds no word of the provider's."""
     add_key(sql, "a", concurrency=5)
     add_key(sql, "b", concurrency=2)
     used: list[str | None] = []
@@ -515,18 +515,30 @@ async def test_refusals_and_claims_at_once_wait_for_nobody_for_ever(
     sql.execute("UPDATE jobdaemon.procrastinate_jobs SET queue_name = 'generate.other' WHERE id % 2 = 0")
     deadlocks = _one(sql, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")["deadlocks"]
 
+    done = 0
+
     async def work(number: int, store: PostgresJobStore) -> None:
+        nonlocal done
         signals = [Signal.KEY, None, Signal.CAPACITY, Signal.OUTAGE]
         for turn in range(8):
             jobs = []
             for queue in sorted([QUEUE, "generate.other"], reverse=turn % 2 == 0):
-                sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = NULL")
-                sql.execute("UPDATE jobdaemon.queues SET adaptive_limit = NULL, rested_until = NULL, circuit = 'closed'")
                 jobs += (await store.claim_with_keys(queue, daemon_id, 3, ["a", "b"])).jobs
             await store.commit([ended(job, signals[(number + job.id) % 4]) for job in jobs], daemon_id=daemon_id)
+            done += len(jobs)
+
+    async def operate() -> None:
+        while True:
+            await asyncio.to_thread(sql.execute, "UPDATE jobdaemon.provider_keys SET rested_until = NULL")
+            await asyncio.to_thread(sql.execute, "UPDATE jobdaemon.queues SET adaptive_limit = NULL, rested_until = NULL")
 
     async with asyncio.timeout(30):
+        operator = asyncio.ensure_future(operate())
         await asyncio.gather(*(work(number, store) for number, store in enumerate(stores)))
+        operator.cancel()
+        await asyncio.wait({operator})
+    print(f"\n{done} attempts")  # noqa: T201
+    assert done > 20
     sql.execute("SELECT pg_stat_clear_snapshot()")
     assert _one(sql, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")["deadlocks"] == deadlocks
 
@@ -546,7 +558,7 @@ async def test_refusals_and_claims_at_once_wait_for_nobody_for_ever(
 def test_impossible_limits_are_refused(sql: Sql, column: str, value: object) -> None:
     """A limit that cannot be is refused with a sentence, in an INSERT and in an UPDATE, and nothing changes."""
     with pytest.raises(psycopg.Error, match="must be") as caught:
-        add_key(sql, **{column: value})
+        add_key(sql, "a", **{column: value})
     assert caught.value.sqlstate == "JD004"
     add_key(sql)
     before = key(sql)
@@ -590,7 +602,7 @@ async def test_only_keys_that_this_daemon_has_and_the_database_knows(
 async def test_an_operator_in_the_middle_of_a_change_holds_nobody_up(
     stores: list[PostgresJobStore], daemon_id: int, sql: Sql
 ) -> None:
-    """While somebody's open transaction holds a key's row, claims use the other keys and look again soon, and ends are committed."""
+    """While somebody's open transaction holds a key's row, claims use other keys and look again soon, and ends commit."""
     add_key(sql, "a")
     add_key(sql, "b", concurrency=1)
     fill(sql, 5)
@@ -636,7 +648,8 @@ def test_pause_and_resume(sql: Sql) -> None:
     """A pause is a switch; resume takes it back and ends a rest too. The answer says how the key is now."""
     add_key(sql, concurrency=4, rate=2.5, rested_until=datetime(2999, 1, 1, tzinfo=UTC), rest_reason=REFUSED, rests=3)
     assert _one(sql, "SELECT jobdaemon.pause_key('local', 'a') AS told") == {
-        "told": "key a of local is paused: concurrency 4, 2.5 starts per second, no daily budget; it rests until 2999-01-01T00:00:00Z"
+        "told": "key a of local is paused: concurrency 4, 2.5 starts per second, no daily budget;"
+        " it rests until 2999-01-01T00:00:00Z"
     }
     assert _one(sql, "SELECT rest_reason, paused FROM jobdaemon.keys") == {"rest_reason": REFUSED, "paused": True}
     assert _one(sql, "SELECT jobdaemon.resume_key('local', 'a') AS told") == {

@@ -94,7 +94,7 @@ def test_a_key_that_may_not_start_does_not(key: KeyState) -> None:
 
 
 def test_a_bought_task_goes_on_under_its_key() -> None:
-    """It costs neither rate nor budget and does not mind a pause; it waits, and lets others pass, while its key is full or rests."""
+    """It costs no rate and no budget and minds no pause; it waits, and lets others pass, while its key is full or rests."""
     bought = [KeyedJob(1, 5, "a"), KeyedJob(2, 5)]
     for key in (KeyState("a", daily_budget=0), KeyState("a", is_paused=True), KeyState("a", rate=1, next_start_at=NOW + HOUR)):
         assert dealt(bought, key) == [(1, "a")]
@@ -105,7 +105,7 @@ def test_a_bought_task_goes_on_under_its_key() -> None:
 
 
 def test_when_to_look_again() -> None:
-    """The earliest moment at which the clock alone opens a key; none for a pause, a full key, a budget of 0, or when all started."""
+    """The earliest moment at which the clock alone opens a key; none for a pause, a full key, a budget of 0, or no job left."""
 
     def opens(*keys: KeyState, ready: int = 2, slots: int = 10, **running: int) -> datetime | None:
         return deal(jobs(ready), keys, running=running, slots=slots, now=NOW).opens_at
