@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,15 @@ async def test_a_later_attempt_asks_only_for_what_is_missing_and_resumes() -> No
     await _stage(orders, provider).run(FakeAttempt(JOB, orders))
     assert provider.requests[0].images == ((2, 1),)
     assert provider.requests[0].task_id == "t1"
+
+
+async def test_a_call_is_made_and_noted_with_the_attempts_key() -> None:
+    """The provider is told which key to use, and the call it takes remembers it."""
+    orders, provider = _orders(), FakeProvider([TaskAccepted("t1"), ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
+    attempt = FakeAttempt(replace(JOB, key_alias="a"), orders)
+    await _stage(orders, provider).run(attempt)
+    assert provider.requests[0].key == "a"
+    assert attempt.checkpoints[0] == CallSubmitted(1, 9, 1, "fake", "t1", "a")
 
 
 async def test_nothing_missing_calls_nobody() -> None:
