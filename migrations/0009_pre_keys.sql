@@ -232,6 +232,52 @@ $$;
 -- squawk-ignore ban-drop-function
 DROP FUNCTION pick_shared_jobs(queues, integer, boolean);
 
+-- How many jobs may buy under this key now, of those p_room that may run under it besides what runs.
+CREATE FUNCTION key_free(p_key provider_keys, p_room bigint, p_now timestamptz) RETURNS bigint
+LANGUAGE sql IMMUTABLE SET search_path = jobdaemon, pg_temp
+AS $$
+    SELECT CASE
+        WHEN p_key.paused OR p_key.rested_until > p_now OR p_key.spent >= p_key.daily_budget
+            OR p_key.rate IS NOT NULL AND p_key.next_start_at > p_now THEN 0
+        WHEN p_key.rate IS NOT NULL THEN least(p_room, 1)
+        ELSE p_room END
+$$;
+
+-- When this key opens by the clock alone; NULL when it does not: a pause ends by a notification, a key that is full by a job's end.
+-- p_has_bought: a job waits to collect what it bought under it. p_has_unfit: some job is too large for every key's budget.
+CREATE FUNCTION key_opens_at(p_key provider_keys, p_room bigint, p_has_bought boolean, p_has_unfit boolean, p_now timestamptz)
+RETURNS timestamptz
+LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
+AS $$
+    SELECT CASE WHEN o.at > p_now THEN o.at END FROM (SELECT CASE
+        WHEN p_room <= 0 THEN NULL
+        WHEN p_key.paused OR p_key.daily_budget = 0 THEN CASE WHEN p_has_bought THEN p_key.rested_until END
+        ELSE greatest(p_key.rested_until, CASE WHEN p_key.rate IS NOT NULL THEN p_key.next_start_at END,
+            CASE WHEN p_key.spent >= p_key.daily_budget OR p_key.daily_budget IS NOT NULL AND p_has_unfit
+                THEN date_trunc('day', p_now, 'UTC') + interval '24 hours' END)
+        END AS at) AS o
+$$;
+
+-- Ready jobs of the queue that have bought a task with one of these keys, in claim order, and which key.
+CREATE FUNCTION ready_bought(p_queue text, p_keys text[], OUT ids bigint[], OUT aliases text[])
+LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
+AS $$
+    SELECT coalesce(array_agg(b.id ORDER BY b.place), '{}'), coalesce(array_agg(b.alias ORDER BY b.place), '{}')
+    FROM (
+        SELECT r.id, r.alias, row_number() OVER (ORDER BY r.priority DESC, r.order_id, r.id) AS place
+        FROM (
+            SELECT j.id, j.priority, bought_with(j.id) AS alias,
+                CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END AS order_id
+            FROM procrastinate_jobs j
+            WHERE j.queue_name = p_queue AND j.status = 'todo' AND j.scheduled_at IS NULL AND j.key_alias IS NOT NULL
+                AND (j.lock IS NULL OR NOT EXISTS (
+                    SELECT FROM procrastinate_jobs d WHERE d.lock = j.lock AND d.status = 'doing'))
+        ) AS r
+        WHERE r.alias = ANY (p_keys)
+        ORDER BY place LIMIT 500
+    ) AS b
+$$;
+
 -- Starts up to p_limit ready jobs of a provider's queue, each under one of the keys p_keys, one after another in the order in which
 -- they are picked. Called under the queue's lock. A job that has bought a task goes on under that task's key, and costs neither
 -- rate nor budget; a job that none of the keys can take is passed by. When the keys hold work back until a moment, a last row has
@@ -247,7 +293,6 @@ DECLARE
     v_unbounded CONSTANT bigint := 2147483648;
     v_now timestamptz := clock_timestamp();
     v_today date := (v_now AT TIME ZONE 'UTC')::date;
-    v_midnight timestamptz := (v_today + 1)::timestamp AT TIME ZONE 'UTC';
     v_provider text := substring(p_queue.name FROM '^generate\.(.+)$');
     -- those that are in the database; v_keys are those of them that nobody holds
     v_known text[] := ARRAY(SELECT k.alias FROM provider_keys k WHERE k.provider = v_provider AND k.alias = ANY (p_keys));
@@ -274,7 +319,6 @@ DECLARE
     v_token bigint;
     v_count integer := 0;
     v_opens timestamptz;
-    v_opens_at timestamptz;
 BEGIN
     -- An operator who holds a row must not hold up the claim.
     FOR v_key IN SELECT k.* FROM provider_keys k WHERE k.provider = v_provider AND k.alias = ANY (v_known)
@@ -289,21 +333,7 @@ BEGIN
             WHERE j.queue_name = p_queue.name AND j.status = 'doing' AND j.key_alias = v_key.alias));
         v_has_bought := v_has_bought || false;
     END LOOP;
-    SELECT coalesce(array_agg(b.id ORDER BY b.place), '{}'), coalesce(array_agg(b.alias ORDER BY b.place), '{}')
-        INTO v_bought, v_bought_with
-        FROM (
-            SELECT r.id, r.alias, row_number() OVER (ORDER BY r.priority DESC, r.order_id, r.id) AS place
-            FROM (
-                SELECT j.id, j.priority, bought_with(j.id) AS alias,
-                    CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END AS order_id
-                FROM procrastinate_jobs j
-                WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL AND j.key_alias IS NOT NULL
-                    AND (j.lock IS NULL OR NOT EXISTS (
-                        SELECT FROM procrastinate_jobs d WHERE d.lock = j.lock AND d.status = 'doing'))
-            ) AS r
-            WHERE r.alias = ANY (v_known)
-            ORDER BY place LIMIT 500
-        ) AS b;
+    SELECT b.ids, b.aliases INTO v_bought, v_bought_with FROM ready_bought(p_queue.name, v_known) AS b;
 
     WHILE v_count < p_limit LOOP
         -- What has to wait for its own key is not to be picked; the first that need not goes on when nothing can be bought.
@@ -319,12 +349,7 @@ BEGIN
         END LOOP;
         v_free := '{}';
         FOR i IN 1..cardinality(v_keys) LOOP
-            v_key := v_keys[i];
-            v_free := v_free || CASE
-                WHEN v_key.paused OR v_key.rested_until > v_now OR v_key.spent >= v_key.daily_budget
-                    OR v_key.rate IS NOT NULL AND v_key.next_start_at > v_now THEN 0
-                WHEN v_key.rate IS NOT NULL THEN least(v_room[i], 1)
-                ELSE v_room[i] END;
+            v_free := v_free || key_free(v_keys[i], v_room[i], v_now);
         END LOOP;
         IF 0 < ANY (v_free) AND cardinality(v_unfit) < 20 THEN
             v_turn := (SELECT t.passed FROM lifted_turns t WHERE t.queue = p_queue.name);
@@ -400,17 +425,8 @@ BEGIN
             UPDATE provider_keys k SET next_start_at = v_key.next_start_at, spent = v_key.spent, spent_on = v_today
                 WHERE k.provider = v_key.provider AND k.alias = v_key.alias;
         END IF;
-        -- When this key opens by the clock alone: a pause ends by a notification, a key that is full by a job's end.
-        v_opens_at := CASE WHEN v_room[i] <= 0 THEN NULL
-            WHEN v_key.paused OR v_key.daily_budget = 0 THEN
-                CASE WHEN v_key.alias = ANY (v_bought_with) THEN v_key.rested_until END
-            ELSE greatest(v_key.rested_until, CASE WHEN v_key.rate IS NOT NULL THEN v_key.next_start_at END,
-                CASE WHEN v_key.spent >= v_key.daily_budget OR v_key.daily_budget IS NOT NULL AND cardinality(v_unfit) > 0
-                    THEN v_midnight END)
-            END;
-        IF v_opens_at > v_now THEN
-            v_opens := least(v_opens, v_opens_at);
-        END IF;
+        v_opens := least(v_opens,
+            key_opens_at(v_key, v_room[i], v_key.alias = ANY (v_bought_with), cardinality(v_unfit) > 0, v_now));
     END LOOP;
     IF cardinality(v_keys) < cardinality(v_known) THEN
         -- Who holds a row may let go without a word.
