@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from jobdaemon import schema_version
 from jobdaemon.db import DatabaseAddress
@@ -117,7 +118,8 @@ def plans(settings: Settings) -> list[Plan]:
 
 def queue_names(settings: Settings) -> list[str]:
     """Every queue these settings know, worked by this daemon or not."""
-    known = {BEAUTIFY_QUEUE, UPLOAD_QUEUE, generate_queue("local"), generate_queue(settings.orders.provider)}
+    known = {BEAUTIFY_QUEUE, UPLOAD_QUEUE, generate_queue(settings.orders.provider)}
+    known |= {generate_queue(name) for name in settings.generate.usable()}
     return sorted(known | {name for name in settings.queues if name != "generate"})
 
 
@@ -206,18 +208,18 @@ def open_backend(settings: Settings) -> BeautifyBackend:
     return OpenCVBackend(threads=settings.beautify.threads, limits=limits)
 
 
-def open_providers(settings: Settings) -> dict[str, Provider]:
+def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:  # noqa: ARG001
     """
-    The providers this daemon can call, by name.
+    The providers this daemon can call, by name: those whose section has what it takes.
+
+    Args:
+        services: calls them.
+        artifacts: where providers that fetch the photo may be sent.
 
     Raises:
-        SettingsError: the provider of orders that name none is not among them.
+        SettingsError: one cannot work as it is set.
     """
     providers: dict[str, Provider] = {"local": _local_provider(settings)}
-    if settings.orders.provider not in providers:
-        raise SettingsError(
-            f"orders.provider: there is no provider {settings.orders.provider!r}; there is {', '.join(providers)}"
-        )
     return providers
 
 
@@ -283,11 +285,13 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
         stack.push_async_callback(artifacts.close)
         backend = open_backend(settings)
         stack.push_async_callback(backend.close)
-        providers = open_providers(settings)
-        for provider in providers.values():
-            stack.push_async_callback(provider.close)
         client = open_http_client(settings)
         stack.push_async_callback(client.close)
+        services = open_service_client(settings)
+        stack.push_async_callback(services.close)
+        providers = open_providers(settings, services, artifacts)
+        for provider in providers.values():
+            stack.push_async_callback(provider.close)
         engine = settings.engine
         supervisor = Supervisor(
             store=store,
@@ -308,6 +312,19 @@ def open_http_client(settings: Settings) -> GuardedClient:
     from jobdaemon.http import GuardedClient
 
     return GuardedClient(allowed_hosts=settings.photos.allowed_hosts)
+
+
+def open_service_client(settings: Settings) -> GuardedClient:
+    """
+    The client that calls the services which the settings name.
+
+    Not the one that fetches sources: a customer must not reach a ComfyUI of ours because we may.
+    """
+    from jobdaemon.http import GuardedClient
+
+    generate = settings.generate
+    urls = (generate.openai_images.base_url, generate.dashscope.base_url, generate.jimeng.base_url, *generate.comfyui.servers)
+    return GuardedClient(allowed_hosts={urlsplit(url).netloc for url in (*urls, settings.superbed.url)}, max_connections=200)
 
 
 def build_stages(

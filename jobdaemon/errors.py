@@ -9,6 +9,7 @@ Every error this package raises on purpose.
       RefusedError                the door said no: full, unknown plan, bad source; exit code 4
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
+          AnswerLostError         it may have done what was asked: nobody knows
         RateLimitedError          a capacity signal: costs no attempt
         KeyRefusedError           the key rests and the job goes on with another: costs no attempt
         DeviceMemoryError
@@ -16,6 +17,7 @@ Every error this package raises on purpose.
         SourceUnavailableError    one order's photo or link; says nothing about anybody else's
       PermanentError              straight to dead letter, whatever attempts remain
         InvalidOrderError
+          DownloadRefusedError    a server will not give what a link names
         UnsupportedImageError
         ProviderRefusedError
         UnsupportedFeatureError
@@ -80,6 +82,10 @@ class ProviderUnavailableError(RetryableError):
     """A provider did not answer, or answered with a server error."""
 
 
+class AnswerLostError(ProviderUnavailableError):
+    """A request was sent and no whole answer came: the provider may have done, and charged for, what was asked."""
+
+
 class RateLimitedError(RetryableError):
     """A provider said it is at capacity. Retried without spending an attempt."""
 
@@ -122,6 +128,19 @@ class PermanentError(JobdaemonError):
 
 class InvalidOrderError(PermanentError):
     """The order itself cannot be carried out."""
+
+
+class DownloadRefusedError(InvalidOrderError):
+    """
+    The server will not give the file (4xx): gone, forbidden, or its signed URL expired.
+
+    Attributes:
+        status: the HTTP status.
+    """
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class UnsupportedImageError(PermanentError):

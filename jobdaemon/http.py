@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpcore
 import httpx
 
 from jobdaemon.errors import (
+    AnswerLostError,
+    DownloadRefusedError,
     InvalidOrderError,
     JobdaemonError,
     ProviderUnavailableError,
@@ -90,22 +94,46 @@ class Downloaded:
     media_type: str | None
 
 
-class DownloadRefusedError(InvalidOrderError):
+@dataclass(frozen=True, slots=True)
+class Answer:
     """
-    The server will not give the file (4xx): gone, forbidden, or its signed URL expired.
+    What a service answered.
 
     Attributes:
-        status: the HTTP status.
+        headers: names in any case.
+        content: the whole body.
+        shown: who answered, for error sentences: no query and no secret.
     """
 
-    def __init__(self, message: str, *, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+    shown: str
+
+    def json(self) -> Any:
+        """
+        The body as JSON.
+
+        Raises:
+            ProviderUnavailableError: it is none: a proxy's page, for instance.
+        """
+        try:
+            return json.loads(self.content)
+        except ValueError as exc:
+            kind = self.headers.get("content-type", "").partition(";")[0][:40] or "unknown type"
+            raise ProviderUnavailableError(
+                f"{self.shown} answered {self.status} with something that is no JSON ({kind})."
+            ) from exc
+
+    @property
+    def retry_after(self) -> timedelta | None:
+        """How long it asks us to wait, when it does."""
+        return parse_retry_after(self.headers.get("retry-after"), datetime.now(UTC))
 
 
 class GuardedClient:
     """
-    Fetches what untrusted URLs name.
+    Fetches what untrusted URLs name, and calls the services that the settings name.
 
     Args:
         allowed_hosts: ``host`` or ``host:port`` for which the guard is lifted: any address, and plain http.
@@ -158,6 +186,60 @@ class GuardedClient:
             raise ProviderUnavailableError(f"{shown} was not fetched within {timeout.total_seconds():g} s.") from exc
         except httpx.HTTPError as exc:
             raise ProviderUnavailableError(f"{shown} could not be fetched ({type(exc).__name__}).") from exc
+
+    async def call(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        payload: Any = None,
+        data: Mapping[str, str] | None = None,
+        files: Sequence[tuple[str, tuple[str, bytes, str]]] | None = None,
+        max_bytes: int,
+        timeout: timedelta,  # noqa: ASYNC109 - one for everything
+    ) -> Answer:
+        """
+        Send one request to a service of our own choosing and return its whole answer, whatever its status; follows no redirect.
+
+        Args:
+            url: of a configured service, its host among *allowed_hosts* unless it is public and https.
+            content: a body as it is; or *payload* as JSON; or *data* and *files*, ``(field, (name, bytes, media type))``, as a
+                form.
+            max_bytes: a larger answer is given up.
+            timeout: for everything together.
+
+        Raises:
+            InvalidOrderError: the address is refused. Permanent.
+            ProviderUnavailableError: the request did not reach the service. Retryable.
+            AnswerLostError: it may have: no whole answer came, or one larger than *max_bytes*. Retryable.
+        """
+        shown = shown_url(url)
+        form = httpx.Request(
+            method,
+            self._judged(url),
+            headers=_own(headers),
+            content=content,
+            json=payload,
+            data=data,
+            files=list(files or ()) or None,
+        )
+        form.extensions = {"timeout": self._timeout.as_dict() | {"read": timeout.total_seconds()}}
+        try:
+            async with asyncio.timeout(timeout.total_seconds()):
+                response = await self.transport.handle_async_request(form)
+                try:
+                    body = await _body(response, max_bytes, shown)
+                finally:
+                    await response.aclose()
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as exc:
+            raise ProviderUnavailableError(f"{shown} could not be reached ({type(exc).__name__}).") from exc
+        except TimeoutError as exc:
+            raise AnswerLostError(f"{shown} did not answer within {timeout.total_seconds():g} s.") from exc
+        except httpx.HTTPError as exc:
+            raise AnswerLostError(f"{shown} broke off its answer ({type(exc).__name__}).") from exc
+        return Answer(response.status_code, response.headers, body, shown)
 
     async def close(self) -> None:
         """Free the connections."""
@@ -271,6 +353,21 @@ def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:
             return None
         wait = (date if date.tzinfo else date.replace(tzinfo=UTC)) - now
     return min(max(wait, timedelta(0)), MAX_RETRY_AFTER)
+
+
+def _own(headers: Mapping[str, str] | None) -> dict[str, str]:
+    return {"Accept-Encoding": "identity", "User-Agent": "jobdaemon"} | dict(headers or {})
+
+
+async def _body(response: httpx.Response, max_bytes: int, shown: str) -> bytes:
+    """The body as it was sent, or decompressed by nobody: we did not ask for that."""
+    blocks, left_bytes = [], max_bytes
+    async for block in response.aiter_raw():
+        left_bytes -= len(block)
+        if left_bytes < 0:
+            raise AnswerLostError(f"{shown} answered with more than {max_bytes} bytes.")
+        blocks.append(block)
+    return b"".join(blocks)
 
 
 async def _received(response: httpx.Response, target: httpx.URL, max_bytes: int) -> Downloaded:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import Job
@@ -68,6 +68,25 @@ class BeautifyBackend(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ProviderCall:
+    """
+    A call to a provider that an earlier attempt noted.
+
+    Attributes:
+        task_id: the provider's own id of it; None when the answer to the submit never arrived.
+        images: the indexes it asked for, in the order in which it asked.
+        key: alias of the key it was made with.
+        submitted_at: by the database's clock, just before the submit.
+    """
+
+    id: int
+    task_id: str | None
+    images: tuple[int, ...]
+    key: str | None
+    submitted_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """
     One provider call: some images of one prompt from one photo.
@@ -80,8 +99,9 @@ class GenerateRequest:
         photo: the beautified photo.
         load_photo: fetches its bytes.
         params: the order's free parameters.
-        task_id: the provider's id of this very call when an earlier attempt noted one: resume it, never submit again.
-        key: alias of the key this call has to be made with; None where the provider knows no keys.
+        key: alias of the key to use; None where the provider has no keys.
+        resume: a call of an earlier attempt, its task id known: ask for that task, never submit again. Its images may be more
+            than those still wanted, and say which of the task's results is whose.
     """
 
     order_id: int
@@ -90,8 +110,20 @@ class GenerateRequest:
     photo: Artifact
     load_photo: Callable[[], Awaitable[bytes]]
     params: Mapping[str, Any] = field(default_factory=dict)
-    task_id: str | None = None
     key: str | None = None
+    resume: ProviderCall | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitting:
+    """
+    The next thing that happens costs money: noted before it does, so that a lost answer is known to be one.
+
+    Attributes:
+        task_id: the call's id where the caller chooses it: such a call is never lost.
+    """
+
+    task_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +131,15 @@ class TaskAccepted:
     """The provider took the call; *task_id* must be noted before anything else happens."""
 
     task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOver:
+    """
+    The provider will give nothing more for this call (failed, expired, forgotten): a later attempt has to buy anew.
+
+    Events of images that it did make come before; an error says afterwards what went wrong.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +161,10 @@ class ImageRefused:
     reason: str
 
 
-ProviderEvent = TaskAccepted | ImageMade | ImageRefused
+ProviderEvent = Submitting | TaskAccepted | TaskOver | ImageMade | ImageRefused
+
+
+OnUnknownSubmit = Literal["retry", "fail"]
 
 
 class Provider(Protocol):
@@ -131,18 +175,34 @@ class Provider(Protocol):
     max_images_per_call: int
     #: A paid call is aborted when its worker can no longer be sure of its lease.
     is_paid: bool
+    #: What follows a submit whose answer was lost and cannot be found: buy again, or fail those images.
+    on_unknown_submit: OnUnknownSubmit
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[ProviderEvent, None]:
         """
         Submit (or resume) one call and yield what happens, as it happens.
 
-        A polled provider yields :class:`TaskAccepted` first. An index of the request that was neither made nor refused when
-        the iterator ends is a failure of the call.
+        :class:`Submitting` comes before whatever costs money, then :class:`TaskAccepted` from a provider that is polled. An
+        index of the request that was neither made nor refused when the iterator ends is a failure of the call.
 
         Raises:
-            RateLimitedError, KeyRefusedError, ProviderUnavailableError: Retryable.
+            RateLimitedError, ProviderUnavailableError: Retryable.
+            AnswerLostError: the provider may have taken the submit. Retryable.
             ProviderRefusedError, UnsupportedFeatureError: Permanent.
         """
+        ...
+
+    async def find_task(self, request: GenerateRequest, call: ProviderCall) -> str | None:
+        """
+        The id of the task that *call* became, where the provider can be asked; None when it knows of none.
+
+        Raises:
+            RetryableError: it cannot say now.
+        """
+        ...
+
+    async def cancel(self, call: ProviderCall) -> bool:
+        """Ask the provider to stop; whether it did. Nothing that ended or is unknown is an error. Raises RetryableError."""
         ...
 
     async def close(self) -> None:
@@ -173,7 +233,7 @@ class OrderRow:
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """One image of an order; *status* is pending, generated, stored, failed or cancelled."""
+    """One image of an order; *status* is pending, generated, stored, failed or cancelled, *call_id* the call that made it."""
 
     index: int
     prompt: str
@@ -181,6 +241,7 @@ class ImageRow:
     provider: str | None
     locator: str | None
     object_key: str | None
+    call_id: int | None = None
 
 
 class ImageFacts(Protocol):
@@ -213,8 +274,12 @@ class OrderReader(Protocol):
         """All images of the order, by index."""
         ...
 
-    async def open_call(self, job_id: int) -> str | None:
-        """The provider's task id that an earlier attempt of this job noted, if its end is unknown."""
+    async def open_call(self, job_id: int) -> ProviderCall | None:
+        """The newest call that an earlier attempt of this job noted, if its end is unknown."""
+        ...
+
+    async def collectable_call(self, call_id: int) -> ProviderCall | None:
+        """A call that ended well, whose results may be fetched once more; None once the provider has forgotten it."""
         ...
 
 
@@ -245,6 +310,20 @@ class Stage(Protocol):
 
         Raises:
             RetryableError, PermanentError: as their names say; anything else counts as retryable.
+        """
+        ...
+
+
+class PhotoLinks(Protocol):
+    """Makes a beautified photo available to a provider that fetches it."""
+
+    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> str:
+        """
+        An https URL that anybody can fetch for at least an hour, or a ``data:`` URL with the photo in it.
+
+        Raises:
+            StoreUnavailableError, ProviderUnavailableError, RateLimitedError: Retryable.
+            StoreRefusedError, ProviderRefusedError: Permanent.
         """
         ...
 

@@ -24,7 +24,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     SecretStr,
@@ -36,14 +35,15 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.redact import MASK, mask_url
+from jobdaemon.settings_generate import GenerateSettings, ProviderKeySettings, SuperbedSettings, provider_contradictions
 from jobdaemon.settings_sources import (
     Path_,
     Problem,
     Source,
     Table,
-    array_of_tables,
     choose_forms_of_secrets,
     dotted,
+    file_form,
     get,
     overlay,
     place_of,
@@ -63,8 +63,8 @@ from jobdaemon.settings_values import (
     OptionalPath,
     OptionalSecret,
     OptionalText,
-    PerSecond,
     Prompts,
+    Section,
     Share,
     Size,
     WebUrl,
@@ -85,12 +85,6 @@ MAX_PROMPT_BYTES = 4000
 
 PlanName = Literal["Free", "Start", "Pro"]
 PLAN_NAMES: tuple[PlanName, ...] = get_args(PlanName)
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, and errors that do not repeat what was written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
 
 class DatabaseSettings(Section):
@@ -284,49 +278,6 @@ class BeautifySettings(Section):
     threads: Annotated[Cores, Field(ge=1, le=1024)] = 1
 
 
-class LocalGenerateSettings(Section):
-    """
-    The built-in provider.
-
-    Attributes:
-        threads: CPU threads for image making, over all jobs of this daemon.
-    """
-
-    threads: Annotated[Cores, Field(ge=1, le=1024)] = Field(default_factory=cores)
-
-
-class ProviderKeySettings(Section):
-    """
-    One key of a provider, and what may start under it over all daemons. The limits are written into the database when it does not
-    have this key, and never over what an operator set there.
-
-    Attributes:
-        alias: what rows, logs and the CLI call it.
-        key: the secret. Contents of *key_file*, when given.
-        key_file: a file that holds it.
-        concurrency: most calls at once; None is no limit, as below.
-        rate: calls started per second, evenly spaced.
-        daily_budget: images asked for per day, UTC.
-    """
-
-    alias: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-    key: OptionalSecret = None
-    key_file: OptionalPath = None
-    concurrency: Annotated[Whole, Field(ge=0, le=100_000)] | None = None
-    rate: PerSecond | None = None
-    daily_budget: Annotated[Whole, Field(ge=0, le=1_000_000_000)] | None = None
-
-
-#: ``[[generate.<provider>.keys]]``: give the section of a provider a field ``keys: ProviderKeys = ()``.
-ProviderKeys = Annotated[tuple[ProviderKeySettings, ...], BeforeValidator(array_of_tables)]
-
-
-class GenerateSettings(Section):
-    """One section per provider."""
-
-    local: LocalGenerateSettings = Field(default_factory=LocalGenerateSettings)
-
-
 class PhotosSettings(Section):
     """
     Which photos are accepted, and from where.
@@ -457,11 +408,12 @@ class Settings(Section):
     data_dir: AbsolutePath
     database: DatabaseSettings = DatabaseSettings()
     engine: EngineSettings = EngineSettings()
-    queues: dict[Annotated[str, AfterValidator(_queue_name)], QueueOverrides] = {}
+    queues: dict[Annotated[str, AfterValidator(_queue_name)], QueueOverrides] = Field(default_factory=dict)
     plans: PlansSettings = PlansSettings()
     orders: OrdersSettings = OrdersSettings()
     beautify: BeautifySettings = BeautifySettings()
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
+    superbed: SuperbedSettings = SuperbedSettings()
     photos: PhotosSettings = PhotosSettings()
     store: StoreSettings
     log: LogSettings = LogSettings()
@@ -585,6 +537,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(f"store.r2.{key}", f'must be set{or_file}, because store.kind is "r2"')
     yield from _queue_contradictions(settings)
     yield from _key_contradictions(settings)
+    yield from provider_contradictions(settings.generate, settings.superbed, orders.provider, settings.store.kind)
     if orders.provider not in PROVIDERS:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
     if settings.beautify.backend not in BACKENDS:
@@ -659,6 +612,11 @@ SECRETS: tuple[Path_, ...] = (
     ("database", "url"),
     ("store", "r2", "access_key_id"),
     ("store", "r2", "secret_access_key"),
+    ("generate", "openai_images", "api_key"),
+    ("generate", "dashscope", "api_key"),
+    ("generate", "jimeng", "access_key_id"),
+    ("generate", "jimeng", "secret_access_key"),
+    ("superbed", "token"),
 )
 
 
@@ -680,16 +638,16 @@ def load_settings(path: Path | None = None, environ: Mapping[str, str] | None = 
     file = read_file(path) if path is not None else Source()
     variables = read_environment(environ, {".".join(key).lower(): key for key in keys})
     problems = [*file.problems, *variables.problems]
-    arrays = [key for key, field in keys.items() if field.annotation == tuple[ProviderKeySettings, ...]]
+    arrays = _key_arrays(keys)
     if path is not None:
         _resolve_paths(file.table, path.absolute().parent, keys, arrays)
-    in_file = [*SECRETS, *secrets_in_arrays(arrays, "key", file.table)]
-    in_either = dict.fromkeys([*in_file, *secrets_in_arrays(arrays, "key", variables.table)])
+    in_file = [*SECRETS, *secrets_in_arrays(arrays, file.table)]
+    in_either = dict.fromkeys([*in_file, *secrets_in_arrays(arrays, variables.table)])
     problems += choose_forms_of_secrets(in_either, file, variables)
     _drop_places_of_replaced(arrays, file, variables)
     table, places = overlay(file.table, variables.table), file.places | variables.places
     secret_files = {dotted(key): path for key in in_file if path is not None and get(file.table, key)}
-    problems += read_secret_files([*SECRETS, *secrets_in_arrays(arrays, "key", table)], table, places, secret_files)
+    problems += read_secret_files([*SECRETS, *secrets_in_arrays(arrays, table)], table, places, secret_files)
     if not get(table, ("data_dir",)):
         table["data_dir"] = _user_folder("data", environ)
     settings = _validated(table, places, problems)
@@ -707,6 +665,17 @@ def setting_keys(section: type[BaseModel] | None = None, prefix: tuple[str, ...]
         else:
             keys[(*prefix, name)] = field
     return keys
+
+
+def _key_arrays(keys: Mapping[tuple[str, ...], FieldInfo]) -> dict[Path_, tuple[str, ...]]:
+    """Where provider keys stand, and which of each one's fields are secrets."""
+    arrays: dict[Path_, tuple[str, ...]] = {}
+    for path, field in keys.items():
+        item = next(iter(get_args(field.annotation)), None)
+        if isinstance(item, type) and issubclass(item, ProviderKeySettings):
+            fields = item.model_fields.items()
+            arrays[path] = tuple(name for name, inner in fields if SecretStr in get_args(inner.annotation))
+    return arrays
 
 
 def _config_file(path: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -741,11 +710,11 @@ def _drop_places_of_replaced(arrays: Iterable[Path_], file: Source, variables: S
 
 
 def _resolve_paths(
-    table: Table, folder: Path, keys: Mapping[tuple[str, ...], FieldInfo], arrays: Iterable[tuple[str, ...]]
+    table: Table, folder: Path, keys: Mapping[tuple[str, ...], FieldInfo], arrays: Mapping[Path_, Iterable[str]]
 ) -> None:
     """Relative paths in a file mean places beside that file, wherever the program was started."""
     paths: list[Path_] = [key for key, field in keys.items() if Path in (field.annotation, *get_args(field.annotation))]
-    for key in [*paths, *secrets_in_arrays(arrays, "key_file", table)]:
+    for key in [*paths, *map(file_form, secrets_in_arrays(arrays, table))]:
         value = get(table, key)
         if isinstance(value, str) and not value.startswith("~"):
             put(table, key, str(folder / value))
@@ -793,7 +762,10 @@ def _problems_of(details: ErrorDetails, places: Mapping[str, str]) -> Iterator[P
 
 
 def _is_secret(key: str) -> bool:
-    return tuple(key.split(".")) in SECRETS or re.search(r"\.keys\.\d+\.key\Z", key) is not None
+    if tuple(key.split(".")) in SECRETS:
+        return True
+    *_, array, number, name = "", "", "", *key.split(".")
+    return array == "keys" and number.isdigit() and name not in ("concurrency", "rate", "daily_budget")
 
 
 def _suggestion(key: str) -> str:

@@ -257,9 +257,14 @@ def array_of_tables(value: object) -> object:
     return value
 
 
-def secrets_in_arrays(arrays: Iterable[Path_], name: str, table: Table) -> Iterator[Path_]:
-    """The paths of the secret *name* in every table of these arrays; an array given as JSON text is put in its place as one."""
-    for path in arrays:
+def secrets_in_arrays(arrays: Mapping[Path_, Iterable[str]], table: Table) -> Iterator[Path_]:
+    """
+    The paths of the secrets in every table of these arrays; an array given as JSON text is put in its place as one.
+
+    Args:
+        arrays: path -> names of the secrets in each of its tables.
+    """
+    for path, names in arrays.items():
         try:
             value = array_of_tables(get(table, path))
         except ValueError:
@@ -267,17 +272,18 @@ def secrets_in_arrays(arrays: Iterable[Path_], name: str, table: Table) -> Itera
         if not isinstance(value, list):
             continue
         put(table, path, value)
-        yield from ((*path, number, name) for number, item in enumerate(value) if isinstance(item, dict))
+        yield from ((*path, number, name) for number, item in enumerate(value) if isinstance(item, dict) for name in names)
 
 
-def _file_form(key: Path_) -> Path_:
+def file_form(key: Path_) -> Path_:
+    """Where the file that holds this secret is named."""
     return (*key[:-1], f"{key[-1]}_file")
 
 
 def choose_forms_of_secrets(secrets: Iterable[Path_], file: Source, variables: Source) -> Iterator[Problem]:
     """Both forms in one source are a contradiction; a form in the environment replaces either form in the file."""
     for key in secrets:
-        forms = (key, _file_form(key))
+        forms = (key, file_form(key))
         for source in (file, variables):
             if all(get(source.table, form) is not None for form in forms):
                 file_key = dotted(forms[1])
@@ -294,10 +300,10 @@ def read_secret_files(
 ) -> Iterator[Problem]:
     """Put what secret files hold where the secret itself would stand; notes the files and places of what it read."""
     for key in secrets:
-        name = get(table, _file_form(key))
+        name = get(table, file_form(key))
         if not isinstance(name, str) or get(table, key) is not None:
             continue
-        own, file_key = dotted(key), dotted(_file_form(key))
+        own, file_key = dotted(key), dotted(file_form(key))
         place = place_of(file_key, places)
         try:
             secret = _read_secret(Path(name).expanduser())

@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from jobdaemon.settings_sources import array_of_text
 from jobdaemon.units import parse_duration, parse_size
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, and errors that do not repeat what was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
 
 def cores() -> int:
@@ -97,6 +103,9 @@ AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 OptionalSecret = Annotated[SecretStr | None, BeforeValidator(blank)]
 OptionalText = Annotated[str | None, BeforeValidator(blank)]
 WebUrl = Annotated[str | None, BeforeValidator(_web_url)]
+#: The same where one is always needed.
+ServiceUrl = Annotated[str, BeforeValidator(_web_url)]
+WebUrls = Annotated[tuple[ServiceUrl, ...], BeforeValidator(array_of_text)]
 Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
 Prompts = Annotated[tuple[str, ...], BeforeValidator(array_of_text), Field(min_length=1)]
 #: A provider's, backend's or queue's name; whether it exists is for app.py to say.

@@ -10,7 +10,15 @@ from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
 from jobdaemon.errors import ArtifactMissingError, LeaseLostError, UnsupportedImageError
-from jobdaemon.ports import BeautifiedPhoto, GenerateRequest, ImageRow, OrderRow, ProviderEvent
+from jobdaemon.ports import (
+    BeautifiedPhoto,
+    GenerateRequest,
+    ImageRow,
+    OnUnknownSubmit,
+    OrderRow,
+    ProviderCall,
+    ProviderEvent,
+)
 
 JPEG = "image/jpeg"
 
@@ -32,7 +40,9 @@ class FakeOrders:
 
     order: OrderRow | None = field(default_factory=order_row)
     images: list[ImageRow] = field(default_factory=lambda: [image_row(1), image_row(2)])
-    task_id: str | None = None
+    #: What an earlier attempt left open, and what ended well, by id.
+    call: ProviderCall | None = None
+    ended_calls: dict[int, ProviderCall] = field(default_factory=dict)
 
     async def load_order(self, order_id: int) -> OrderRow | None:
         return self.order if self.order is not None and self.order.id == order_id else None
@@ -40,8 +50,11 @@ class FakeOrders:
     async def load_images(self, order_id: int) -> list[ImageRow]:
         return self.images
 
-    async def open_call(self, job_id: int) -> str | None:
-        return self.task_id
+    async def open_call(self, job_id: int) -> ProviderCall | None:
+        return self.call
+
+    async def collectable_call(self, call_id: int) -> ProviderCall | None:
+        return self.ended_calls.get(call_id)
 
 
 @dataclass(slots=True)
@@ -100,6 +113,17 @@ class FakeProvider:
     name: str = "fake"
     max_images_per_call: int = 5
     is_paid: bool = True
+    on_unknown_submit: OnUnknownSubmit = "retry"
+    #: What find_task answers, and the calls that were to be cancelled.
+    found: str | None = None
+    cancelled: list[ProviderCall] = field(default_factory=list)
+
+    async def find_task(self, request: GenerateRequest, call: ProviderCall) -> str | None:
+        return self.found
+
+    async def cancel(self, call: ProviderCall) -> bool:
+        self.cancelled.append(call)
+        return True
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[ProviderEvent, None]:
         self.requests.append(request)

@@ -105,9 +105,14 @@ def _providers(settings: Settings) -> Iterator[Finding]:
     async def look() -> list[str]:
         from jobdaemon import app
 
-        providers = app.open_providers(settings)
-        for provider in providers.values():
-            await provider.close()
+        services, artifacts = app.open_service_client(settings), app.open_store(settings)
+        try:
+            providers = app.open_providers(settings, services, artifacts)
+            for provider in providers.values():
+                await provider.close()
+        finally:
+            await services.close()
+            await artifacts.close()
         return sorted(providers)
 
     yield Finding("providers", "ok", ", ".join(asyncio.run(look())))

@@ -50,7 +50,7 @@ async def _serve(server: Sandbox, *, as_json: bool) -> None:
         else:
             print(f"Sandbox at {server.url}; counts at {server.url}/_sandbox/report", flush=True)
         await stop.wait()
-    report = server.referee.report()
+    report = server.report()
     if as_json:
         print_json(report)
     else:

@@ -59,6 +59,12 @@ def upload_job(order_id: int, priority: int, index: int) -> NewJob:
     return NewJob(UPLOAD_QUEUE, Task.UPLOAD, priority, {"order_id": order_id, "image": index})
 
 
+def collect_job(order_id: int, priority: int, provider: str, index: int, call_id: int | None) -> NewJob:
+    """The job that asks the provider for one image once more: of the call that made it, as long as that is known there."""
+    args = {"order_id": order_id, "images": [index]}
+    return NewJob(generate_queue(provider), Task.GENERATE, priority, args if call_id is None else args | {"call": call_id})
+
+
 def writes_when_dead(job: Job, reason: str) -> tuple[Write, ...]:
     """
     What a job that is given up on takes along: beautify its order, generate its batch, upload its image.

@@ -39,25 +39,79 @@ class PhotoBeautified:
 
 @dataclass(frozen=True, slots=True)
 class CallSubmitted:
-    """A provider took a call under its own id: never buy it again. *key_alias* is the key it was made with, if any."""
+    """
+    A call to a provider is about to be made: never buy it again unless it is known to have failed.
+
+    Attributes:
+        images: the indexes it asks for, in the order in which it asks.
+        task_id: its id, where it is known before; None until :class:`CallAccepted`.
+        key: alias of the key it uses.
+    """
 
     order_id: int
     job_id: int
-    batch: int
     provider: str
-    task_id: str | None
-    key_alias: str | None = None
+    images: tuple[int, ...]
+    task_id: str | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallAccepted:
+    """The provider took this job's open call under its own id."""
+
+    order_id: int
+    job_id: int
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """
+    This job's open call is over, or the call *call_id* when one is named.
+
+    Attributes:
+        outcome: ``unknown``: the answer to the submit was lost, it may have been paid for; ``expired``: the provider has
+            forgotten what it made.
+    """
+
+    order_id: int
+    job_id: int
+    outcome: Literal["succeeded", "partial", "failed", "unknown", "cancelled", "expired"]
+    call_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ImageGenerated:
-    """One image arrived from a provider; *locator* is ``artifact:<key>`` or an https URL."""
+    """
+    One image arrived from a provider.
+
+    Attributes:
+        locator: ``artifact:<key>`` or an https URL.
+        job_id: whose open call made it, so that a URL that expires can be asked for again.
+        call_id: the call itself, where it is known.
+    """
 
     order_id: int
     index: int
     provider: str
     locator: str
     expires_at: datetime | None = None
+    job_id: int | None = None
+    call_id: int | None = None
+    then: tuple[NewJob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLost:
+    """
+    The link to a generated image no longer gives it: the image is pending again.
+
+    Applies at most twice to one image, so that a link which never works ends somewhere.
+    """
+
+    order_id: int
+    index: int
     then: tuple[NewJob, ...] = ()
 
 
@@ -106,4 +160,16 @@ class ImagesRemoved:
     order_id: int
 
 
-Write = OrderStarted | PhotoBeautified | CallSubmitted | ImageGenerated | ImageStored | ImageFailed | OrderFailed | ImagesRemoved
+Write = (
+    OrderStarted
+    | PhotoBeautified
+    | CallSubmitted
+    | CallAccepted
+    | CallEnded
+    | ImageGenerated
+    | ImageLost
+    | ImageStored
+    | ImageFailed
+    | OrderFailed
+    | ImagesRemoved
+)

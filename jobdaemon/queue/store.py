@@ -24,7 +24,7 @@ from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.write import OrderFailed
 from jobdaemon.errors import LeaseLostError
-from jobdaemon.ports import ImageRow, OrderRow
+from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, sql, writes
 from jobdaemon.queue.key_rests import KeyResting, rest_keys
 from jobdaemon.queue.steering import Steering
@@ -413,16 +413,33 @@ class PostgresJobStore:
             records = await connection.fetch(_ORDERS["load_images"], order_id)
         return [
             ImageRow(
-                record["index"], record["prompt"], record["status"], record["provider"], record["locator"], record["object_key"]
+                record["index"],
+                record["prompt"],
+                record["status"],
+                record["provider"],
+                record["locator"],
+                record["object_key"],
+                record["call_id"],
             )
             for record in records
         ]
 
-    async def open_call(self, job_id: int) -> str | None:
-        """The provider's task id that an earlier attempt of this job noted, if its end is unknown."""
+    async def open_call(self, job_id: int) -> ProviderCall | None:
+        """The newest call that an earlier attempt of this job noted, if its end is unknown."""
+        return await self._load_call("open_call", job_id)
+
+    async def collectable_call(self, call_id: int) -> ProviderCall | None:
+        """A call that ended well, whose results may be fetched once more; None once the provider has forgotten it."""
+        return await self._load_call("collectable_call", call_id)
+
+    async def _load_call(self, statement: str, number: int) -> ProviderCall | None:
         async with self._reads.use() as connection:
-            task_id: str | None = await connection.fetchval(_ORDERS["open_call"], job_id)
-            return task_id
+            record = await connection.fetchrow(_ORDERS[statement], number)
+        if record is None:
+            return None
+        return ProviderCall(
+            record["id"], record["external_task_id"], tuple(record["images"]), record["key_alias"], record["submitted_at"]
+        )
 
 
 def _rest(seconds: float | None) -> timedelta | None:

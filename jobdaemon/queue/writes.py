@@ -9,9 +9,12 @@ from typing import Any
 from jobdaemon.domain.job import NewJob
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.write import (
+    CallAccepted,
+    CallEnded,
     CallSubmitted,
     ImageFailed,
     ImageGenerated,
+    ImageLost,
     ImagesRemoved,
     ImageStored,
     OrderFailed,
@@ -26,7 +29,12 @@ _STATEMENTS: dict[type[Write], str] = {
     OrderStarted: "order_started",
     PhotoBeautified: "photo_beautified",
     CallSubmitted: "call_submitted",
+    CallAccepted: "call_accepted",
     ImageGenerated: "image_generated",
+    # After the images it made: they look for their job's open call.
+    CallEnded: "call_ended",
+    # Before ImageFailed: where it applies, that one has nothing left to fail.
+    ImageLost: "image_lost",
     ImageStored: "image_stored",
     ImageFailed: "image_failed",
     OrderFailed: "order_failed",
@@ -61,7 +69,16 @@ def row(write: Write) -> dict[str, Any]:
                 "provider": write.provider,
                 "locator": cleaned(write.locator),
                 "expires_at": expires_at,
+                "job_id": write.job_id,
+                "call_id": write.call_id,
             }
+        case ImageLost():
+            return {"order_id": write.order_id, "index": write.index}
+        case CallSubmitted():
+            task_id = None if write.task_id is None else cleaned(write.task_id)
+            return asdict(write) | {"images": list(write.images), "batch": min(write.images), "task_id": task_id}
+        case CallAccepted():
+            return asdict(write) | {"task_id": cleaned(write.task_id)}
         case ImageStored():
             values = asdict(write)
             values["bytes"] = values.pop("size_bytes")
@@ -75,7 +92,7 @@ def row(write: Write) -> dict[str, Any]:
 def key(write: Write) -> tuple[int, ...]:
     """What the statement returns for *write* when it applied."""
     match write:
-        case ImageGenerated() | ImageStored() | ImageFailed():
+        case ImageGenerated() | ImageLost() | ImageStored() | ImageFailed():
             return (write.order_id, write.index)
         case _:
             return (write.order_id,)

@@ -3,13 +3,16 @@ The sandbox: a provider on this machine that costs nothing, and the referee of w
 
     faults.py    which calls go wrong, by seed
     referee.py   counts starts, overlaps, starts above the limit in force, images stored twice; no sockets
-    server.py    the two behind HTTP on the loopback interface
+    shop.py      what the image APIs share: keys and their limits, what was bought, links
+    files.py     serves what was bought
+    server.py    all of it behind HTTP on the loopback interface
 
 Knows nothing of databases or settings: what it judges it is told by the calls themselves and by whoever changes limits and
 freezes daemons. Nothing but the command line and the tests imports it.
 """
 
 from jobdaemon.sandbox.faults import Faults, parse_faults
-from jobdaemon.sandbox.server import Behaviour, Sandbox
+from jobdaemon.sandbox.server import Sandbox
+from jobdaemon.sandbox.shop import Behaviour
 
 __all__ = ["Behaviour", "Faults", "Sandbox", "parse_faults"]

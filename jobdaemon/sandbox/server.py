@@ -8,7 +8,9 @@ The sandbox's HTTP side, on the loopback interface only.
                   committed: every claim with a higher token saw it
     POST /daemon  {"daemon", "lapses_in_s"} when it is frozen beyond its lease, {"daemon", "token"} before it goes on
     POST /_sandbox/behaviour  {"latency_s"?, "concurrency"?, "qps"?}: changed while it runs; null is no limit
-    GET  /_sandbox/report     see Referee.report
+    GET  /_sandbox/report     see Referee.report and Shop.report
+    GET  /files/…             images that were bought
+    everything else           the image APIs, each in a module of its own
 """
 
 from __future__ import annotations
@@ -22,37 +24,24 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 from aiohttp import web
 
 from jobdaemon.errors import SettingsError
-from jobdaemon.sandbox.faults import SLOW_FACTOR, Fault, Faults
+from jobdaemon.sandbox import files
+from jobdaemon.sandbox.faults import SLOW_FACTOR, Fault
 from jobdaemon.sandbox.referee import Call, Referee
+from jobdaemon.sandbox.shop import Behaviour, Shop
 
 _HOST = "127.0.0.1"
-_MAX_BODY_BYTES = 64 * 1024
+#: Photos come in bodies too.
+_MAX_BODY_BYTES = 64 * 1024 * 1024
+#: The APIs it speaks: each module's routes.
+_APIS: tuple[Callable[[Shop], list[web.RouteDef]], ...] = (files.routes,)
 #: A provider that is full names no time; a second is what most say.
 _RETRY_AFTER_FULL_S = 1
-
-
-@dataclass(slots=True)
-class Behaviour:
-    """
-    How the provider behaves; may change while it runs.
-
-    Attributes:
-        latency_s: how long a call takes.
-        concurrency: most calls of one queue open at once, more get 429; None is no limit.
-        qps: most calls of one queue begun within any second; None is no limit.
-    """
-
-    latency_s: float = 8.0
-    concurrency: int | None = None
-    qps: float | None = None
-    faults: Faults = field(default_factory=Faults)
 
 
 class BadRequestError(web.HTTPBadRequest):
@@ -72,6 +61,7 @@ class Sandbox:
         """
         self.behaviour = behaviour or Behaviour()
         self.referee = Referee()
+        self.shop = Shop(self.behaviour, url=lambda: self.url)
         self._port = port
         self._runner: web.AppRunner | None = None
         self._calls_of_job: Counter[int] = Counter()
@@ -103,6 +93,8 @@ class Sandbox:
                 web.get("/_sandbox/report", self._report),
             ]
         )
+        for routes in _APIS:
+            app.add_routes(routes(self.shop))
         # A caller that is gone ends its call at once: its handler is cancelled.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
@@ -215,7 +207,11 @@ class Sandbox:
         return web.json_response({})
 
     async def _report(self, _request: web.Request) -> web.Response:
-        return web.json_response(self.referee.report())
+        return web.json_response(self.report())
+
+    def report(self) -> dict[str, Any]:
+        """The referee's counts, and under ``apis`` what was bought from each API: see :meth:`Shop.report`."""
+        return self.referee.report() | {"apis": self.shop.report()}
 
 
 def _read_call(body: Mapping[str, Any], request: web.Request) -> Call:

@@ -2,21 +2,22 @@
 generate: one provider call for a batch of images of one prompt.
 
 What arrives is checkpointed at once, image by image, each with its upload job: the first image of an order is stored while its
-siblings are still being made, and an attempt that dies has lost only what had not arrived. A task id is noted before the first
-poll, so a later attempt asks for that task instead of buying another.
+siblings are still being made, and an attempt that dies has lost only what had not arrived. What becomes of the call itself is
+:mod:`jobdaemon.stages.provider_call`'s.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from jobdaemon.domain.artifact import Artifact, generated_key
 from jobdaemon.domain.expand import upload_job
 from jobdaemon.domain.outcome import Done
-from jobdaemon.domain.write import CallSubmitted, ImageFailed, ImageGenerated, Write
-from jobdaemon.errors import InvalidOrderError, ProviderUnavailableError, UnsupportedFeatureError
+from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
+from jobdaemon.errors import InvalidOrderError, ProviderUnavailableError, StoreUnavailableError, UnsupportedFeatureError
 from jobdaemon.ports import (
     ArtifactStore,
     Attempt,
@@ -27,10 +28,12 @@ from jobdaemon.ports import (
     OrderReader,
     OrderRow,
     Provider,
-    ProviderEvent,
-    TaskAccepted,
 )
+from jobdaemon.stages.provider_call import CallRecord
 from jobdaemon.stages.source import ARTIFACT_SCHEME
+
+#: An image that came inline is paid for and nowhere else: a store that is away for a moment must not cost it.
+_STORE_RESTS_S = (0.5, 1.0, 2.0, 4.0)
 
 
 class GenerateStage:
@@ -56,16 +59,23 @@ class GenerateStage:
         missing = {row.index: row.prompt for row in rows if row.index in wanted and row.status == "pending"}
         if not missing:
             return Done()
-        task_id = await self._orders.open_call(job.id)
-        request = self._request(order, order.beautified, rows, missing, task_id=task_id, key=job.key_alias)
-        async with aclosing(provider.generate(request)) as events:
-            async for event in events:
-                await attempt.checkpoint(await self._note(event, attempt, order, provider.name))
-                if isinstance(event, ImageMade | ImageRefused):
-                    missing.pop(event.index, None)
+        call = CallRecord(attempt, provider, order.id, key=job.key_alias)
+        request = await call.find(self._orders, self._request(order, order.beautified, rows, missing, key=job.key_alias))
+        try:
+            async with aclosing(provider.generate(request)) as events:
+                async for event in events:
+                    if not isinstance(event, ImageMade | ImageRefused):
+                        await call.note(event, missing)
+                    # A resumed call tells of all its images, of those too that arrived before.
+                    elif missing.pop(event.index, None) is not None:
+                        await attempt.checkpoint(await self._arrived(event, attempt, order, provider.name, call))
+        except Exception as error:
+            await call.failed(error, "failed" if len(missing) == len(request.images) else "partial")
+            raise
         if missing:
+            await call.close("partial" if len(missing) < len(request.images) else "failed")
             raise ProviderUnavailableError(f"{provider.name} sent no image for number {', '.join(map(str, sorted(missing)))}")
-        return Done()
+        return Done(writes=call.ends("succeeded"))
 
     def _provider(self, name: str) -> Provider:
         provider = self._providers.get(name)
@@ -74,14 +84,7 @@ class GenerateStage:
         return provider
 
     def _request(
-        self,
-        order: OrderRow,
-        photo: Artifact,
-        rows: Sequence[ImageRow],
-        missing: Mapping[int, str],
-        *,
-        task_id: str | None,
-        key: str | None,
+        self, order: OrderRow, photo: Artifact, rows: Sequence[ImageRow], missing: Mapping[int, str], *, key: str | None
     ) -> GenerateRequest:
         [prompt] = set(missing.values())
         same_prompt = [row.index for row in rows if row.prompt == prompt]
@@ -92,27 +95,32 @@ class GenerateStage:
             photo=photo,
             load_photo=lambda: self._store.get(photo.key, max_bytes=self._max_photo_bytes),
             params=order.params,
-            task_id=task_id,
             key=key,
         )
 
-    async def _note(self, event: ProviderEvent, attempt: Attempt, order: OrderRow, provider: str) -> Write:
-        match event:
-            case TaskAccepted():
-                job = attempt.job
-                return CallSubmitted(order.id, job.id, min(job.args["images"]), provider, event.task_id, job.key_alias)
-            case ImageRefused():
-                return ImageFailed(order.id, event.index, event.reason, was="pending")
-            case ImageMade():
-                locator = event.url or await self._keep(event, order.id)
-                then = (upload_job(order.id, order.priority, event.index),)
-                return ImageGenerated(order.id, event.index, provider, locator, event.url_expires_at, then=then)
+    async def _arrived(
+        self, event: ImageMade | ImageRefused, attempt: Attempt, order: OrderRow, provider: str, call: CallRecord
+    ) -> Write:
+        if isinstance(event, ImageRefused):
+            return ImageFailed(order.id, event.index, event.reason, was="pending")
+        return ImageGenerated(
+            order.id,
+            event.index,
+            provider,
+            event.url or await self._keep(event, order.id),
+            event.url_expires_at,
+            job_id=attempt.job.id,
+            call_id=None if call.resumed is None else call.resumed.id,
+            then=(upload_job(order.id, order.priority, event.index),),
+        )
 
     async def _keep(self, image: ImageMade, order_id: int) -> str:
         if image.content is None or image.media_type is None:
             raise ProviderUnavailableError("the provider sent neither an image nor its address")
         digest = hashlib.sha256(image.content).hexdigest()
-        artifact = await self._store.put(
-            generated_key(order_id, image.index, digest, image.media_type), image.content, image.media_type
-        )
-        return ARTIFACT_SCHEME + artifact.key
+        key = generated_key(order_id, image.index, digest, image.media_type)
+        for rest_s in _STORE_RESTS_S:
+            with suppress(StoreUnavailableError):
+                return ARTIFACT_SCHEME + (await self._store.put(key, image.content, image.media_type)).key
+            await asyncio.sleep(rest_s)
+        return ARTIFACT_SCHEME + (await self._store.put(key, image.content, image.media_type)).key

@@ -7,10 +7,11 @@ import hashlib
 from collections.abc import Awaitable, Callable
 
 from jobdaemon.domain.artifact import image_key
+from jobdaemon.domain.expand import collect_job
 from jobdaemon.domain.outcome import Done
-from jobdaemon.domain.write import ImagesRemoved, ImageStored
-from jobdaemon.errors import ArtifactMissingError, InvalidOrderError
-from jobdaemon.ports import ArtifactStore, Attempt, ImageFacts, OrderReader
+from jobdaemon.domain.write import ImageFailed, ImageLost, ImagesRemoved, ImageStored
+from jobdaemon.errors import ArtifactMissingError, DownloadRefusedError, InvalidOrderError
+from jobdaemon.ports import ArtifactStore, Attempt, ImageFacts, ImageRow, OrderReader
 from jobdaemon.stages.source import ARTIFACT_SCHEME, fetched
 
 
@@ -49,7 +50,10 @@ class UploadStage:
             raise ArtifactMissingError("the provider's link to this image is gone")
         work_key = image.locator.removeprefix(ARTIFACT_SCHEME) if image.locator.startswith(ARTIFACT_SCHEME) else None
         if work_key is None:
-            content = await fetched(self._fetch, image.locator)
+            try:
+                content = await fetched(self._fetch, image.locator)
+            except DownloadRefusedError as error:
+                return await self._ask_again(order_id, image, str(error))
         else:
             content = await self._store.get(work_key, max_bytes=self._max_image_bytes)
         facts, digest = await asyncio.to_thread(lambda: (self._inspect(content), hashlib.sha256(content).hexdigest()))
@@ -72,6 +76,16 @@ class UploadStage:
             ),
             obsolete=() if work_key is None else (work_key,),
             created=(stored.key,),
+        )
+
+    async def _ask_again(self, order_id: int, image: ImageRow, reason: str) -> Done:
+        """The provider's link no longer gives the image: have it made available again, or fail it when that was no help."""
+        order = await self._orders.load_order(order_id)
+        if order is None or image.provider is None:
+            raise ArtifactMissingError(reason)
+        again = collect_job(order_id, order.priority, image.provider, image.index, image.call_id)
+        return Done(
+            writes=(ImageLost(order_id, image.index, then=(again,)), ImageFailed(order_id, image.index, reason, was="generated"))
         )
 
 

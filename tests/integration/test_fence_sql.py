@@ -51,7 +51,7 @@ async def test_nothing_of_a_rescued_and_reclaimed_job(claimed_job_factory: Claim
     assert again.id == job.id
     before = (claimed_job_factory.orders.images(job.order_id), claimed_job_factory.orders.jobs(job.order_id))
     late = generated(job.order_id, 1, upload_job(job.order_id, 1, 1))
-    writes = (late, CallSubmitted(job.order_id, job.id, 1, "local", "task"))
+    writes = (late, CallSubmitted(job.order_id, job.id, "local", (1, 2), "task"))
     assert await commit(claimed_job_factory.store, Transition(job, end, writes=writes)) == [Verdict.LEASE_LOST]
     assert (claimed_job_factory.orders.images(job.order_id), claimed_job_factory.orders.jobs(job.order_id)) == before
     assert sql.execute("SELECT * FROM jobdaemon.provider_calls").fetchall() == []
@@ -79,12 +79,14 @@ async def test_call_is_noted_once(claimed_job_factory: Claimed, sql: Sql) -> Non
     """A provider's task id sent twice is one call; open_call finds it."""
     job = await _generate_job(claimed_job_factory)
     assert job.order_id is not None
-    noted = Transition(job, End.CHECKPOINT, writes=(CallSubmitted(job.order_id, job.id, 1, "local", "task-1"),))
+    noted = Transition(job, End.CHECKPOINT, writes=(CallSubmitted(job.order_id, job.id, "local", (1, 2), "task-1"),))
     assert await claimed_job_factory.store.open_call(job.id) is None
     await commit(claimed_job_factory.store, noted)
     await commit(claimed_job_factory.store, noted)
     assert len(sql.execute("SELECT * FROM jobdaemon.provider_calls").fetchall()) == 1
-    assert await claimed_job_factory.store.open_call(job.id) == "task-1"
+    call = await claimed_job_factory.store.open_call(job.id)
+    assert call is not None
+    assert (call.task_id, call.images, call.key) == ("task-1", (1, 2), None)
 
 
 async def test_order_cancelled_while_its_job_runs(claimed_job_factory: Claimed, sql: Sql) -> None:

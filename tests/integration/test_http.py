@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from jobdaemon.errors import (
+    DownloadRefusedError,
     InvalidOrderError,
     PermanentError,
     ProviderUnavailableError,
@@ -32,7 +33,7 @@ from jobdaemon.errors import (
     SettingsError,
     UnsupportedImageError,
 )
-from jobdaemon.http import AllowedHosts, DownloadRefusedError, GuardedClient, is_public_address, parse_retry_after, shown_url
+from jobdaemon.http import AllowedHosts, GuardedClient, is_public_address, parse_retry_after, shown_url
 
 SOON = timedelta(seconds=10)
 SECRET = "X-Signature=topsecret"

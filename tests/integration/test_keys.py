@@ -22,7 +22,7 @@ from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.keys import OUT_OF_MONEY, REFUSED, KeyedJob, KeyState, ProviderKey, deal
 from jobdaemon.domain.outcome import End, Signal, Transition
 from jobdaemon.domain.picking import LIFTED_PRIORITY
-from jobdaemon.domain.write import CallSubmitted
+from jobdaemon.domain.write import CallEnded, CallSubmitted, Write
 from jobdaemon.errors import KeyRefusedError
 from jobdaemon.events import KeyRested
 from jobdaemon.ports import Attempt
@@ -315,7 +315,7 @@ async def test_a_bought_task_keeps_its_key(
     job_id = job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1]})
     [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a", "b"])).jobs
     assert job.key_alias == "a"
-    call = CallSubmitted(order_id, job_id, 1, "local", "task-1", job.key_alias)
+    call = CallSubmitted(order_id, job_id, "local", (1,), "task-1", job.key_alias)
     await stores[0].commit([Transition(job, End.CHECKPOINT, writes=(call,))], daemon_id=daemon_id)
     await stores[0].commit([Transition(job, End.HANDED_BACK)], daemon_id=daemon_id)
     assert job_factory.row(job_id)["key_alias"] == "a"
@@ -324,7 +324,9 @@ async def test_a_bought_task_keeps_its_key(
     jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])).jobs
     assert {job.id == job_id: job.key_alias for job in jobs} == {True: "a", False: "b"}
     assert key(sql)["spent"] == 1
-    assert await stores[0].open_call(job_id) == "task-1"
+    open_call = await stores[0].open_call(job_id)
+    assert open_call is not None
+    assert (open_call.task_id, open_call.key) == ("task-1", "a")
     [job] = [job for job in jobs if job.id == job_id]
     await stores[0].commit([Transition(job, End.HANDED_BACK)], daemon_id=daemon_id)
     assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["b"])).jobs] == ["b"]
@@ -351,6 +353,25 @@ async def test_a_bought_task_waits_for_its_key_and_lets_others_pass(
     sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = NULL WHERE alias = 'a'")
     [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])).jobs
     assert (job.id, job.key_alias) == (job_id, "a")
+
+
+async def test_collecting_once_more_costs_nothing(
+    stores: list[PostgresJobStore], daemon_id: int, sql: Sql, order_factory: Orders, job_factory: Jobs
+) -> None:
+    """A job made for an expired link goes on under the key of the call that made the image; what is no call is no hindrance."""
+    add_key(sql, "a", daily_budget=1)
+    add_key(sql, "b")
+    order_id = order_factory("Free")
+    call_id = _one(
+        sql,
+        "INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, external_task_id, key_alias, outcome)"
+        f" VALUES ({order_id}, 1, 1, 'local', 't', 'a', 'succeeded') RETURNING id",
+    )["id"]
+    for call in (call_id, "x", 1e30, -1, 1.5, None):
+        job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1, 2], "call": call})
+    jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])).jobs
+    assert Counter((job.args["call"] == call_id, job.key_alias) for job in jobs) == {(True, "a"): 1, (False, "b"): 5}
+    assert key(sql)["spent"] == 0
 
 
 async def test_a_job_that_bought_nothing_forgets_its_key(stores: list[PostgresJobStore], daemon_id: int, sql: Sql) -> None:
@@ -477,19 +498,40 @@ async def test_a_wished_wait_rests_the_key_and_not_the_queue(stores: list[Postgr
 async def test_who_is_turned_away_gives_the_budget_back(
     stores: list[PostgresJobStore], daemon_id: int, sql: Sql, order_factory: Orders, job_factory: Jobs
 ) -> None:
-    """A refused job that bought nothing gives its images back to the day's budget; one that bought does not."""
-    add_key(sql, daily_budget=6)
+    """A refused job whose call was not taken gives its images back to the budget; one that bought, or may have, does not."""
+    add_key(sql, daily_budget=100)
     order_id = order_factory("Free")
-    for _ in range(3):
+    for _ in range(5):
         job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1, 2]})
-    first, second, third = (await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a"])).jobs
+
+    async def claim(limit: int) -> list[Job]:
+        return (await stores[0].claim_with_keys(QUEUE, daemon_id, limit, ["a"])).jobs
+
+    async def note(job: Job, *writes: Write) -> None:
+        await stores[0].commit([Transition(job, End.CHECKPOINT, writes=writes)], daemon_id=daemon_id)
+
+    async def turn_away(job: Job, signal: Signal = Signal.CAPACITY) -> None:
+        await stores[0].commit([ended(job, signal)], daemon_id=daemon_id)
+        sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = NULL")
+        sql.execute("UPDATE jobdaemon.queues SET adaptive_limit = NULL, rested_until = NULL")
+
+    refused, bought, lost, partial, early = await claim(5)
+    for job in (refused, bought, lost, partial):
+        await note(job, CallSubmitted(order_id, job.id, "local", (1, 2), "t" if job is bought else None, "a"))
+    await note(refused, CallEnded(order_id, refused.id, "failed"))
+    await note(partial, CallEnded(order_id, partial.id, "partial"))
+    assert key(sql)["spent"] == 10
+    for job in (bought, lost, partial):
+        await turn_away(job)
+    assert key(sql)["spent"] == 10
+    await turn_away(refused)
+    await turn_away(early, Signal.MONEY)
     assert key(sql)["spent"] == 6
-    call = CallSubmitted(order_id, second.id, 1, "local", "t", "a")
-    await stores[0].commit([Transition(second, End.CHECKPOINT, writes=(call,))], daemon_id=daemon_id)
-    await stores[0].commit([ended(first, Signal.CAPACITY), ended(second, Signal.CAPACITY)], daemon_id=daemon_id)
-    assert key(sql)["spent"] == 4
-    await stores[0].commit([ended(third, Signal.MONEY)], daemon_id=daemon_id)
-    assert key(sql)["spent"] == 2
+    again = next(job for job in await claim(5) if job.id == bought.id)
+    assert key(sql)["spent"] == 6 + 4 * 2  # all but the one that goes on with its task
+    await note(again, CallEnded(order_id, again.id, "failed"))
+    await turn_away(again, Signal.KEY)
+    assert key(sql)["spent"] == 6 + 4 * 2
 
 
 async def test_a_refusal_without_a_key_of_ours_ends_the_job(engine_database: str, sql: Sql) -> None:

@@ -158,7 +158,12 @@ def _family(kind: type[JobdaemonError]) -> list[type[JobdaemonError]]:
 @pytest.mark.parametrize("kind", [kind for kind in _family(JobdaemonError) if kind.__module__ == errors.__name__])
 def test_every_error_of_ours_has_its_sentence(kind: type[JobdaemonError]) -> None:
     """No error that we raise on purpose is called internal, and none ends with exit code 0."""
-    error = kind("what happened") if kind is not RefusedError else RefusedError("what happened", sqlstate="JD001")
+    needed: dict[type[JobdaemonError], dict[str, Any]] = {
+        RefusedError: {"sqlstate": "JD001"},
+        errors.DownloadRefusedError: {"status": 404},
+    }
+    more = needed.get(kind, {})
+    error = kind("what happened", **more)
     code, text = explain(error)
     assert code is not ExitCode.DONE
     assert "internal" not in text

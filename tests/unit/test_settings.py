@@ -481,7 +481,8 @@ class TestTree:
         }
         ours = {name for name in loaded if name.startswith("jobdaemon.")}
         assert ours <= {
-            f"jobdaemon.{name}" for name in ("errors", "redact", "settings", "settings_sources", "settings_values", "units")
+            f"jobdaemon.{name}"
+            for name in ("errors", "redact", "settings", "settings_generate", "settings_sources", "settings_values", "units")
         }
 
 

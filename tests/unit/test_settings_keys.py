@@ -15,7 +15,9 @@ from jobdaemon import settings as module
 from jobdaemon.cli.config import _flat, _toml
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.errors import SettingsError
-from jobdaemon.settings import GenerateSettings, ProviderKeys, Section, Settings, load_settings
+from jobdaemon.settings import Settings, load_settings
+from jobdaemon.settings_generate import GenerateSettings, ProviderKeys
+from jobdaemon.settings_values import Section
 
 Write = Callable[[str], Path]
 VARIABLE = "JOBDAEMON_GENERATE__PAINTER__KEYS"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -10,14 +11,39 @@ import pytest
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import Done
-from jobdaemon.domain.write import CallSubmitted, ImageFailed, ImageGenerated
-from jobdaemon.errors import InvalidOrderError, LeaseLostError, ProviderUnavailableError, UnsupportedFeatureError
-from jobdaemon.ports import ImageMade, ImageRefused, TaskAccepted
+from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, ImageFailed, ImageGenerated
+from jobdaemon.errors import (
+    AnswerLostError,
+    InvalidOrderError,
+    LeaseLostError,
+    ProviderRefusedError,
+    ProviderUnavailableError,
+    RateLimitedError,
+    StoreUnavailableError,
+    UnsupportedFeatureError,
+)
+from jobdaemon.ports import ImageMade, ImageRefused, ProviderCall, Submitting, TaskAccepted, TaskOver
+from jobdaemon.stages import generate
 from jobdaemon.stages.generate import GenerateStage
 from tests.fakes import JPEG, FakeArtifacts, FakeAttempt, FakeOrders, FakeProvider, image_row, order_row
 
 JOB = Job(9, "generate.fake", Task.GENERATE, 300, {"order_id": 1, "images": [1, 2]}, token=1)
+OPEN_CALL = ProviderCall(7, "t1", (1, 2), None, datetime(2026, 1, 1, tzinfo=UTC))
 PHOTO = Artifact("work/1/beautified-0.jpg", "0" * 64, 5, JPEG)
+
+
+@dataclass(slots=True)
+class BusyArtifacts(FakeArtifacts):
+    """A store that is away for its first calls."""
+
+    busy: int = 0
+
+    async def put(self, key: str, content: bytes, media_type: str) -> Artifact:
+        if self.busy > 0:
+            self.busy -= 1
+            raise StoreUnavailableError("away")
+        self.objects[key] = content
+        return Artifact(key, "0" * 64, len(content), media_type)
 
 
 def _orders(*images: Any, **changes: Any) -> FakeOrders:
@@ -33,9 +59,9 @@ async def test_images_are_noted_as_they_arrive() -> None:
     orders, store = _orders(), FakeArtifacts({PHOTO.key: b"photo"})
     provider = FakeProvider([TaskAccepted("t1"), ImageMade(2, b"two", JPEG), ImageMade(1, url="https://p.example/1")])
     attempt = FakeAttempt(JOB, orders)
-    assert await _stage(orders, provider, store).run(attempt) == Done()
+    assert await _stage(orders, provider, store).run(attempt) == Done(writes=(CallEnded(1, 9, "succeeded"),))
     noted, second, first = attempt.checkpoints
-    assert noted == CallSubmitted(1, 9, 1, "fake", "t1")
+    assert noted == CallSubmitted(1, 9, "fake", (1, 2), "t1")
     assert isinstance(second, ImageGenerated)
     assert isinstance(first, ImageGenerated)
     assert store.objects[second.locator.removeprefix("artifact:")] == b"two"
@@ -46,7 +72,7 @@ async def test_images_are_noted_as_they_arrive() -> None:
     ]
     [request] = provider.requests
     assert await request.load_photo() == b"photo"
-    assert (request.prompt, request.images, request.params, request.task_id) == ("p", ((1, 0), (2, 1)), {"seed": 3}, None)
+    assert (request.prompt, request.images, request.params, request.resume) == ("p", ((1, 0), (2, 1)), {"seed": 3}, None)
     assert provider.closed == 1
 
 
@@ -61,20 +87,118 @@ async def test_ordinals_count_the_images_of_the_same_prompt() -> None:
 
 async def test_a_later_attempt_asks_only_for_what_is_missing_and_resumes() -> None:
     """What arrived before is not made again, and a noted task id is handed back to the provider."""
-    orders = _orders(image_row(1, status="generated"), image_row(2), task_id="t1")
-    provider = FakeProvider([ImageMade(2, b"two", JPEG)])
-    await _stage(orders, provider).run(FakeAttempt(JOB, orders))
+    orders = _orders(image_row(1, status="generated"), image_row(2), call=OPEN_CALL)
+    provider = FakeProvider([ImageMade(1, b"one", JPEG), ImageMade(2, b"two", JPEG)])
+    attempt = FakeAttempt(JOB, orders)
+    done = await _stage(orders, provider).run(attempt)
     assert provider.requests[0].images == ((2, 1),)
-    assert provider.requests[0].task_id == "t1"
+    assert provider.requests[0].resume == OPEN_CALL
+    assert [type(write) for write in attempt.checkpoints] == [ImageGenerated]
+    assert done.writes == (CallEnded(1, 9, "succeeded"),)
+
+
+async def test_a_call_is_noted_before_it_is_bought() -> None:
+    """Submitting is a row without an id, TaskAccepted gives it one, the attempt's end closes it."""
+    orders = _orders()
+    attempt = FakeAttempt(JOB, orders)
+    made = [ImageMade(index, b"x", JPEG) for index in (1, 2)]
+    done = await _stage(orders, FakeProvider([Submitting(), TaskAccepted("t1"), *made])).run(attempt)
+    assert attempt.checkpoints[:2] == [CallSubmitted(1, 9, "fake", (1, 2)), CallAccepted(1, 9, "t1")]
+    assert done.writes == (CallEnded(1, 9, "succeeded"),)
+
+
+@pytest.mark.parametrize(
+    ("script", "closed"),
+    [
+        ([Submitting(), AnswerLostError("?")], None),
+        ([Submitting(), RateLimitedError("busy")], "failed"),
+        ([Submitting(), ProviderRefusedError("no")], "failed"),
+        ([Submitting(), TaskAccepted("t1"), ProviderUnavailableError("away")], None),
+        ([Submitting(), TaskAccepted("t1"), TaskOver(), ProviderUnavailableError("it failed")], "failed"),
+        ([Submitting(), TaskAccepted("t1"), ProviderRefusedError("unsafe")], "failed"),
+        ([Submitting(), ImageMade(1, b"one", JPEG), ProviderRefusedError("the other one")], "partial"),
+    ],
+    ids=["lost answer", "busy", "refused", "poll failed", "task failed", "task refused", "half"],
+)
+async def test_a_call_stays_open_only_while_something_may_come_of_it(script: list[Any], closed: str | None) -> None:
+    """A lost submit and a task not asked to its end stay open for the next attempt; every other failed call is closed."""
+    orders = _orders()
+    attempt = FakeAttempt(JOB, orders)
+    with pytest.raises(type(script[-1])):
+        await _stage(orders, FakeProvider(script)).run(attempt)
+    ends = [write.outcome for write in attempt.checkpoints if isinstance(write, CallEnded)]
+    assert ends == ([] if closed is None else [closed])
+
+
+LOST_CALL = replace(OPEN_CALL, task_id=None)
+
+
+async def test_a_lost_submit_is_looked_for() -> None:
+    """Where the provider can be asked, the task that a lost answer named is found and gone on with."""
+    orders, provider = _orders(call=LOST_CALL), FakeProvider([ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)], found="t9")
+    attempt = FakeAttempt(JOB, orders)
+    await _stage(orders, provider).run(attempt)
+    assert attempt.checkpoints[0] == CallAccepted(1, 9, "t9")
+    assert provider.requests[0].resume == replace(OPEN_CALL, task_id="t9")
+
+
+async def test_a_lost_submit_is_bought_again_or_fails_as_set() -> None:
+    """A submit that cannot be found is listed as unknown; then it is bought again, or its images fail, as the provider is set."""
+    orders, provider = _orders(call=LOST_CALL), FakeProvider([ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
+    attempt = FakeAttempt(JOB, orders)
+    await _stage(orders, provider).run(attempt)
+    assert attempt.checkpoints[0] == CallEnded(1, 9, "unknown")
+    assert provider.requests[0].resume is None
+    orders, provider = _orders(call=LOST_CALL), FakeProvider(on_unknown_submit="fail")
+    attempt = FakeAttempt(JOB, orders)
+    with pytest.raises(ProviderRefusedError, match="on_unknown_submit"):
+        await _stage(orders, provider).run(attempt)
+    assert (attempt.checkpoints, provider.requests) == ([CallEnded(1, 9, "unknown")], [])
+
+
+async def test_an_image_is_collected_once_more_from_the_call_that_made_it() -> None:
+    """A job made for an expired link resumes that call, and buys anew only once the provider has forgotten it."""
+    orders = _orders(image_row(1, status="stored"), image_row(2), ended_calls={7: OPEN_CALL})
+    job = Job(10, "generate.fake", Task.GENERATE, 300, {"order_id": 1, "images": [2], "call": 7})
+    provider = FakeProvider([ImageMade(2, url="https://p.example/2-again")])
+    attempt = FakeAttempt(job, orders)
+    assert await _stage(orders, provider).run(attempt) == Done()
+    assert provider.requests[0].resume == OPEN_CALL
+    [generated] = attempt.checkpoints
+    assert isinstance(generated, ImageGenerated)
+    assert generated.call_id == 7
+
+    orders.images = [image_row(1, status="stored"), image_row(2)]
+    attempt = FakeAttempt(job, orders)
+    with pytest.raises(ProviderUnavailableError):
+        await _stage(orders, FakeProvider([TaskOver(), ProviderUnavailableError("forgotten")])).run(attempt)
+    assert attempt.checkpoints == [CallEnded(1, 10, "expired", 7)]
+
+
+async def test_a_task_whose_id_could_not_be_noted_is_given_up() -> None:
+    """An order that was cancelled while its call was accepted leaves no task running at the provider."""
+    orders, provider = _orders(), FakeProvider([Submitting(), TaskAccepted("t1")])
+    with pytest.raises(LeaseLostError):
+        await _stage(orders, provider).run(FakeAttempt(JOB, orders, lost_after=1))
+    assert [call.task_id for call in provider.cancelled] == ["t1"]
+
+
+async def test_a_paid_image_outlives_a_store_that_is_away_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inline bytes are kept and put again when the store does not answer: asking the provider again would cost money."""
+    monkeypatch.setattr(generate, "_STORE_RESTS_S", (0.0, 0.0))
+    orders, store = _orders(), BusyArtifacts(busy=2)
+    provider = FakeProvider([Submitting(), ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
+    await _stage(orders, provider, store).run(FakeAttempt(JOB, orders))
+    assert sorted(store.objects.values()) == [b"1", b"2"]
 
 
 async def test_a_call_is_made_and_noted_with_the_attempts_key() -> None:
-    """The provider is told which key to use, and the call it takes remembers it."""
-    orders, provider = _orders(), FakeProvider([TaskAccepted("t1"), ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
+    """The provider is told which key to use, and the call that it takes remembers it."""
+    orders, provider = _orders(), FakeProvider([Submitting(), ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
     attempt = FakeAttempt(replace(JOB, key_alias="a"), orders)
     await _stage(orders, provider).run(attempt)
     assert provider.requests[0].key == "a"
-    assert attempt.checkpoints[0] == CallSubmitted(1, 9, 1, "fake", "t1", "a")
+    assert attempt.checkpoints[0] == CallSubmitted(1, 9, "fake", (1, 2), None, "a")
 
 
 async def test_nothing_missing_calls_nobody() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
 from jobdaemon.domain.artifact import generated_key, image_key
 from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import Done
-from jobdaemon.domain.write import ImagesRemoved, ImageStored
-from jobdaemon.errors import ArtifactMissingError, InvalidOrderError, UnsupportedImageError
+from jobdaemon.domain.write import ImageFailed, ImageLost, ImagesRemoved, ImageStored
+from jobdaemon.errors import ArtifactMissingError, DownloadRefusedError, InvalidOrderError, UnsupportedImageError
 from jobdaemon.stages.upload import RemoveStage, UploadStage
 from tests.fakes import JPEG, Facts, FakeArtifacts, FakeAttempt, FakeOrders, image_row
 
@@ -53,6 +54,22 @@ async def test_uploaded_twice_is_one_object() -> None:
     first = await _stage(orders, store).run(FakeAttempt(JOB, orders))
     assert await _stage(orders, store).run(FakeAttempt(JOB, orders)) == first
     assert len(store.objects) == 2
+
+
+async def test_an_expired_link_is_asked_for_again() -> None:
+    """A link that gives nothing any more sends the image back to the call that made it; only if that was no help does it fail."""
+    image = replace(image_row(1, status="generated", locator="https://p.example/1"), provider="fake", call_id=7)
+    orders = FakeOrders(images=[image])
+
+    async def fetch(url: str) -> bytes:
+        raise DownloadRefusedError("gone", status=403)
+
+    stage = UploadStage(orders=orders, store=FakeArtifacts(), fetch=fetch, inspect=_inspect, max_image_bytes=100)
+    done = await stage.run(FakeAttempt(JOB, orders))
+    lost, failed = done.writes
+    assert isinstance(lost, ImageLost)
+    assert [(job.queue, job.args) for job in lost.then] == [("generate.fake", {"order_id": 1, "images": [1], "call": 7})]
+    assert failed == ImageFailed(1, 1, "gone", was="generated")
 
 
 @pytest.mark.parametrize("status", ["pending", "stored", "failed", "cancelled"])

@@ -18,7 +18,7 @@ import cv2
 
 from jobdaemon.errors import DeviceMemoryError, SettingsError
 from jobdaemon.photo import PhotoLimits, encode_jpeg, read_photo
-from jobdaemon.ports import GenerateRequest, ImageMade, ImageRefused, ProviderEvent
+from jobdaemon.ports import GenerateRequest, ImageMade, ImageRefused, OnUnknownSubmit, ProviderCall, ProviderEvent
 from jobdaemon.providers.local.recipe import recipe_for
 from jobdaemon.providers.local.render import render
 from jobdaemon.providers.local.subject import MASTER_LONG_SIDE_PX, FindFaces, Subject, prepare_subject
@@ -37,6 +37,7 @@ class LocalProvider:
 
     name = "local"
     is_paid = False
+    on_unknown_submit: OnUnknownSubmit = "retry"
 
     def __init__(
         self,
@@ -97,6 +98,12 @@ class LocalProvider:
             abandoned.set()
             for future in under_way:
                 future.cancel()
+
+    async def find_task(self, request: GenerateRequest, call: ProviderCall) -> str | None:  # noqa: ARG002 - nothing is submitted
+        return None
+
+    async def cancel(self, call: ProviderCall) -> bool:  # noqa: ARG002 - a call ends with its attempt
+        return False
 
     async def close(self) -> None:
         """Free threads and memory; pictures under way are finished or abandoned first."""

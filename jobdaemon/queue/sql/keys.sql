@@ -27,7 +27,8 @@ FROM decided d
 WHERE k.provider = d.provider AND k.alias = d.alias AND k.rested_until IS DISTINCT FROM d.rested_until;
 
 -- name: return_images
--- Refused jobs ($1) under keys ($2, $3) that bought nothing give back what they took of the day's budget.
+-- Refused jobs ($1) under keys ($2, $3) that bought nothing give back what they took of the day's budget: those that neither went
+-- on with an earlier call, which was free, nor made one that was taken, or may have been.
 UPDATE jobdaemon.provider_keys k SET spent = greatest(k.spent - u.images, 0)
 FROM (
     SELECT r.provider, r.alias, (s.at AT TIME ZONE 'UTC')::date AS day, sum(jobdaemon.job_images(j.args)) AS images
@@ -35,7 +36,9 @@ FROM (
     JOIN jobdaemon.procrastinate_jobs j ON j.id = r.id
     CROSS JOIN LATERAL (SELECT max(e.at) AS at FROM jobdaemon.procrastinate_events e
         WHERE e.job_id = j.id AND e.type = 'started') AS s
-    WHERE jobdaemon.bought_with(j.id) IS NULL
+    WHERE NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = j.id AND (c.outcome IS NULL
+        OR c.submitted_at < s.at AND c.finished_at >= s.at
+        OR c.submitted_at >= s.at AND c.outcome NOT IN ('failed', 'cancelled')))
     GROUP BY 1, 2, 3
 ) AS u
 WHERE k.provider = u.provider AND k.alias = u.alias AND k.spent_on = u.day;

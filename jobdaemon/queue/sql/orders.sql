@@ -16,20 +16,45 @@ WHERE o.id = w.order_id AND o.beautified IS NULL
 RETURNING o.id AS order_id;
 
 -- name: call_submitted
--- {order_id, job_id, batch, provider, task_id, key_alias}: one row per call, found again by its job and task id.
-INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, external_task_id, key_alias)
-SELECT w.order_id, w.job_id, w.batch, w.provider, w.task_id, w.key_alias
-FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, batch integer, provider text, task_id text, key_alias text)
-WHERE NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = w.job_id AND c.external_task_id = w.task_id)
+-- {order_id, job_id, batch, provider, images, task_id, key}: one row per call; a job has one open call at most.
+INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, images, external_task_id, key_alias)
+SELECT w.order_id, w.job_id, w.batch, w.provider, w.images, w.task_id, w.key
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, batch integer, provider text, images integer[],
+    task_id text, key text)
+WHERE NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = w.job_id AND c.outcome IS NULL)
 RETURNING order_id;
 
+-- name: call_accepted
+-- {order_id, job_id, task_id}
+UPDATE jobdaemon.provider_calls c SET external_task_id = w.task_id
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, task_id text)
+WHERE c.job_id = w.job_id AND c.outcome IS NULL AND c.external_task_id IS NULL
+RETURNING c.order_id;
+
+-- name: call_ended
+-- {order_id, job_id, outcome, call_id}: the job's open call, or the one that is named.
+UPDATE jobdaemon.provider_calls c SET outcome = w.outcome, finished_at = coalesce(c.finished_at, now())
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, outcome text, call_id bigint)
+WHERE CASE WHEN w.call_id IS NULL THEN c.job_id = w.job_id AND c.outcome IS NULL ELSE c.id = w.call_id END
+RETURNING c.order_id;
+
 -- name: image_generated
--- {order_id, index, provider, locator, expires_at}
+-- {order_id, index, provider, locator, expires_at, job_id, call_id}
 UPDATE jobdaemon.images i
 SET status = 'generated', provider = w.provider, locator = w.locator, locator_expires_at = w.expires_at,
-    generated_at = now(), error = NULL
-FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, index integer, provider text, locator text, expires_at timestamptz)
+    generated_at = now(), error = NULL, call_id = coalesce(w.call_id, (SELECT c.id FROM jobdaemon.provider_calls c
+        WHERE c.job_id = w.job_id AND c.outcome IS NULL ORDER BY c.id DESC LIMIT 1))
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, index integer, provider text, locator text, expires_at timestamptz,
+    job_id bigint, call_id bigint)
 WHERE i.order_id = w.order_id AND i.index = w.index AND i.status = 'pending'
+RETURNING i.order_id, i.index;
+
+-- name: image_lost
+-- {order_id, index}: its link no longer gives it.
+UPDATE jobdaemon.images i
+SET status = 'pending', locator = NULL, locator_expires_at = NULL, times_lost = i.times_lost + 1
+FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, index integer)
+WHERE i.order_id = w.order_id AND i.index = w.index AND i.status = 'generated' AND i.times_lost < 2
 RETURNING i.order_id, i.index;
 
 -- name: image_stored
@@ -150,11 +175,16 @@ FROM jobdaemon.orders WHERE id = $1;
 
 -- name: load_images
 -- The images of one order.
-SELECT index, prompt, status, provider, locator, locator_expires_at, object_key
+SELECT index, prompt, status, provider, locator, locator_expires_at, object_key, call_id
 FROM jobdaemon.images WHERE order_id = $1 ORDER BY index;
 
 -- name: open_call
--- The task id of the newest call of this job that was accepted and is not known to have ended.
-SELECT external_task_id FROM jobdaemon.provider_calls
-WHERE job_id = $1 AND external_task_id IS NOT NULL AND outcome IS NULL
+-- The newest call of this job that is not known to have ended.
+SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls
+WHERE job_id = $1 AND outcome IS NULL
 ORDER BY id DESC LIMIT 1;
+
+-- name: collectable_call
+-- A call that ended well, whose results may be fetched once more.
+SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls
+WHERE id = $1 AND external_task_id IS NOT NULL AND coalesce(outcome, 'succeeded') IN ('succeeded', 'partial');

@@ -66,123 +66,34 @@ CREATE FUNCTION job_images(p_args jsonb) RETURNS integer
 LANGUAGE sql IMMUTABLE SET search_path = jobdaemon, pg_temp
 AS $$ SELECT CASE WHEN jsonb_typeof(p_args -> 'images') = 'array' THEN jsonb_array_length(p_args -> 'images') ELSE 1 END $$;
 
--- The key of the task that this job has bought and whose end is not known; NULL when there is none.
+-- The key of the task that this job goes on with: one that it has bought and whose end is not known, or another job's, which ended
+-- well, when it was made to collect from that once more. NULL when there is none: then it has to buy.
 CREATE FUNCTION bought_with(p_job bigint) RETURNS text
 LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
 AS $$
-    SELECT c.key_alias FROM provider_calls c
-    WHERE c.job_id = p_job AND c.external_task_id IS NOT NULL AND c.outcome IS NULL
-    ORDER BY c.id DESC LIMIT 1
+    SELECT coalesce(
+        (SELECT c.key_alias FROM provider_calls c
+            WHERE c.job_id = p_job AND c.external_task_id IS NOT NULL AND c.outcome IS NULL
+            ORDER BY c.id DESC LIMIT 1),
+        (SELECT c.key_alias FROM procrastinate_jobs j
+            JOIN provider_calls c ON c.id = CASE WHEN j.args ->> 'call' ~ '^[0-9]{1,18}$' THEN (j.args ->> 'call')::bigint END
+            WHERE j.id = p_job AND c.external_task_id IS NOT NULL AND c.outcome IN ('succeeded', 'partial')))
 $$;
 
--- Chooses, locks and returns up to p_limit ready jobs of a queue that has a fair share or lifted work waiting; see
--- jobdaemon/domain/picking.py for the rules. Called under the queue's lock when it has a fair share. As before, but for p_except.
-CREATE FUNCTION pick_shared_jobs(p_queue queues, p_limit integer, p_has_lifted boolean, p_except bigint[]) RETURNS bigint[]
-LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
-AS $$
+-- pick_shared_jobs as it is, but for p_except: jobs that may not start now.
+DO $$
 DECLARE
-    -- lifted work waits for this plan's work, three times out of four
-    v_top integer := (SELECT max(p.priority) FROM plans p);
-    v_before integer := 0;
-    v_passed integer;
-    v_except bigint[] := p_except;
-    v_chosen bigint[];
-    v_locked bigint[];
-    v_step integer;
-    v_try integer;
-    v_from record;
-    v_held integer[];
-    v_is_taken boolean[];
-    v_level integer;
-    v_lifted integer;
-    v_other integer;
-    v_take integer;
-    v_count integer;
+    v_definition text := pg_get_functiondef('pick_shared_jobs(queues, integer, boolean)'::regprocedure);
 BEGIN
-    IF p_has_lifted THEN
-        -- Who holds the row decides; the others wait and see what it left.
-        INSERT INTO lifted_turns (queue) SELECT p_queue.name
-            WHERE NOT EXISTS (SELECT FROM lifted_turns t WHERE t.queue = p_queue.name) ON CONFLICT DO NOTHING;
-        SELECT t.passed INTO v_before FROM lifted_turns t WHERE t.queue = p_queue.name FOR UPDATE;
+    IF v_definition NOT LIKE '%p_has_lifted boolean)%' OR v_definition NOT LIKE '%v_except bigint[] := ''{}'';%' THEN
+        RAISE EXCEPTION 'cannot give pick_shared_jobs its exceptions: its text is not as expected';
     END IF;
-    -- Somebody who cancels or lifts an order may hold a job: then choose again without it.
-    FOR v_try IN 1..3 LOOP
-        -- Look at more only where that leaves slots: the head; further down; each customer in turn; the surplus of all.
-        FOR v_step IN 1..4 LOOP
-            -- One or two customers fill the head: further down it is likely to be the same, and their number may be small.
-            IF v_step = 2 THEN
-                CONTINUE WHEN (SELECT max(c.number) FROM unnest(v_from.customers) AS c (number)) <= 2;
-            END IF;
-            SELECT * INTO v_from FROM shared_candidates(p_queue, p_limit, (ARRAY[4 * p_limit + 32, 8 * p_limit + 256])[v_step],
-                v_step = 4, p_has_lifted, v_except);
-            v_passed := v_before;
-            v_chosen := '{}';
-            v_count := cardinality(v_from.ids);
-            v_is_taken := array_fill(false, ARRAY[v_count]);
-            v_held := '{}';
-            FOR i IN 1..v_count LOOP
-                IF v_from.customers[i] > 0 THEN
-                    v_held[v_from.customers[i]] := v_from.running[i];
-                END IF;
-            END LOOP;
-            v_level := p_queue.fair_share;
-            WHILE v_from.is_enough LOOP
-                v_lifted := 1;
-                v_other := v_from.lifted_count + 1;
-                WHILE cardinality(v_chosen) < p_limit LOOP
-                    WHILE v_lifted <= v_from.lifted_count AND (v_is_taken[v_lifted]
-                        OR v_from.customers[v_lifted] > 0 AND v_held[v_from.customers[v_lifted]] >= v_level)
-                    LOOP
-                        v_lifted := v_lifted + 1;
-                    END LOOP;
-                    WHILE v_other <= v_count AND (v_is_taken[v_other]
-                        OR v_from.customers[v_other] > 0 AND v_held[v_from.customers[v_other]] >= v_level)
-                    LOOP
-                        v_other := v_other + 1;
-                    END LOOP;
-                    EXIT WHEN v_lifted > v_from.lifted_count AND v_other > v_count;
-                    IF v_lifted > v_from.lifted_count THEN
-                        v_take := v_other;
-                    ELSIF v_other <= v_count AND v_from.priorities[v_other] >= v_top AND v_passed < 3 THEN
-                        v_take := v_other;
-                        v_passed := v_passed + 1;
-                    ELSE
-                        v_take := v_lifted;
-                        v_passed := 0;
-                    END IF;
-                    v_is_taken[v_take] := true;
-                    v_chosen := v_chosen || v_from.ids[v_take];
-                    IF v_from.customers[v_take] > 0 THEN
-                        v_held[v_from.customers[v_take]] := v_held[v_from.customers[v_take]] + 1;
-                    END IF;
-                END LOOP;
-                EXIT WHEN cardinality(v_chosen) >= p_limit OR NOT v_from.is_all;
-                -- Nobody within the share waits: what is left goes round, to who runs least.
-                v_level := NULL;
-                FOR i IN 1..v_count LOOP
-                    IF NOT v_is_taken[i] THEN
-                        v_level := least(v_level, v_held[v_from.customers[i]] + 1);
-                    END IF;
-                END LOOP;
-                EXIT WHEN v_level IS NULL;
-            END LOOP;
-            EXIT WHEN v_from.is_enough AND cardinality(v_chosen) >= p_limit OR v_from.is_all;
-        END LOOP;
-        -- CASE hides the condition from the planner, who would rather walk all of a small-looking index of ready jobs.
-        v_locked := ARRAY(SELECT j.id FROM procrastinate_jobs j
-            WHERE j.id = ANY (v_chosen) AND CASE WHEN j.status = 'todo' THEN j.scheduled_at IS NULL ELSE false END
-            FOR UPDATE SKIP LOCKED);
-        EXIT WHEN cardinality(v_locked) = cardinality(v_chosen);
-        v_except := v_except || ARRAY(SELECT c.id FROM unnest(v_chosen) AS c (id) WHERE c.id <> ALL (v_locked));
-    END LOOP;
-    IF v_passed <> v_before AND p_has_lifted THEN
-        UPDATE lifted_turns t SET passed = v_passed WHERE t.queue = p_queue.name;
-    END IF;
-    RETURN v_locked;
+    v_definition := replace(v_definition, 'p_has_lifted boolean)', 'p_has_lifted boolean, p_except bigint[])');
+    EXECUTE replace(v_definition, 'v_except bigint[] := ''{}'';', 'v_except bigint[] := p_except;');
 END;
 $$;
 
--- As before, but for p_except: jobs that may not start now.
+-- pick_jobs as before, but for p_except.
 CREATE FUNCTION pick_jobs(p_queue queues, p_limit integer, p_except bigint[]) RETURNS bigint[]
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
 AS $$

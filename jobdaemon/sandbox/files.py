@@ -1,0 +1,52 @@
+"""Serves the images that were bought, as badly as their faults say."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from jobdaemon.sandbox.faults import Fault
+from jobdaemon.sandbox.shop import Shop
+
+#: A drip sends so much, so often: slower than anybody should wait for.
+_DRIP_BYTES, _DRIP_S = 64, 0.2
+
+
+def routes(shop: Shop) -> list[web.RouteDef]:
+    """GET /files/<name>."""
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        file = shop.find_file(request.match_info["name"])
+        if file is None or file.fault is Fault.EXPIRED_LINK:
+            if file is not None:
+                # Asked for again, the API gives a link that works.
+                file.fault = None
+            return web.Response(status=403, text="<Error><Code>AccessDenied</Code></Error>")
+        content = await asyncio.to_thread(file.content)
+        match file.fault:
+            case Fault.TRUNCATED:
+                file.fault = None
+                return web.Response(body=content[: len(content) // 2], content_type="image/png")
+            case Fault.WRONG_LENGTH:
+                file.fault = None
+                return await _streamed(request, content[: len(content) // 2], declared=len(content))
+            case Fault.DRIP:
+                file.fault = None
+                return await _streamed(request, content, declared=len(content), drip=True)
+        return web.Response(body=content, content_type="image/png")
+
+    return [web.get("/files/{name}", serve)]
+
+
+async def _streamed(request: web.Request, content: bytes, *, declared: int, drip: bool = False) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "image/png", "Content-Length": str(declared)})
+    await response.prepare(request)
+    step = _DRIP_BYTES if drip else len(content)
+    for start in range(0, len(content), max(1, step)):
+        await response.write(content[start : start + step])
+        if drip:
+            await asyncio.sleep(_DRIP_S)
+    if request.transport is not None and len(content) < declared:
+        request.transport.close()
+    return response

@@ -1,0 +1,129 @@
+"""
+What the database knows of the provider call of one attempt: noted before it is bought, looked after until it is over.
+
+    Submitting    -> CallSubmitted   a crash from here on leaves a row without an id: a lost submit, listed in unknown_submits
+    TaskAccepted  -> CallAccepted    from here on every attempt asks for that task
+    TaskOver, end -> CallEnded       nothing more will come of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Literal
+
+from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Write
+from jobdaemon.errors import AnswerLostError, JobdaemonError, LeaseLostError, PermanentError, ProviderRefusedError
+from jobdaemon.ports import Attempt, GenerateRequest, OrderReader, Provider, ProviderCall, Submitting, TaskAccepted, TaskOver
+
+
+class CallRecord:
+    """The call of one attempt."""
+
+    def __init__(self, attempt: Attempt, provider: Provider, order_id: int, key: str | None) -> None:
+        self._attempt = attempt
+        self._provider = provider
+        self._order_id = order_id
+        self._key = key
+        #: The call that this attempt goes on with.
+        self.resumed: ProviderCall | None = None
+        #: Fetched once more for an image whose link expired: another job's call, which ended well.
+        self._is_collected = False
+        self._is_open = False
+        self._has_task = False
+
+    async def find(self, orders: OrderReader, request: GenerateRequest) -> GenerateRequest:
+        """
+        *request* with the call to go on with, if an earlier attempt left one.
+
+        Raises:
+            ProviderRefusedError: a submit was lost, and such a call is not to be bought again.
+        """
+        job = self._attempt.job
+        call = await orders.open_call(job.id)
+        if call is not None:
+            self._is_open = True
+            call = await self._look_for_task(call, request)
+        elif isinstance(number := job.args.get("call"), int):
+            call = await orders.collectable_call(number)
+            self._is_collected = call is not None
+        if call is None:
+            return request
+        self.resumed, self._has_task = call, True
+        return replace(request, key=call.key, resume=call)
+
+    async def _look_for_task(self, call: ProviderCall, request: GenerateRequest) -> ProviderCall | None:
+        if call.task_id is not None:
+            return call
+        task_id = await self._provider.find_task(request, call)
+        if task_id is not None:
+            await self._attempt.checkpoint(CallAccepted(self._order_id, self._attempt.job.id, task_id))
+            return replace(call, task_id=task_id)
+        await self.close("unknown")
+        if self._provider.on_unknown_submit == "fail":
+            raise ProviderRefusedError(
+                f"the answer of {self._provider.name} to an earlier try was lost; it is not asked again, since that try may have"
+                " been paid for (on_unknown_submit is fail)"
+            )
+        return None
+
+    async def note(self, event: Submitting | TaskAccepted | TaskOver, images: Collection[int]) -> None:
+        """
+        Commit what happened to the call.
+
+        Args:
+            images: indexes that are still wanted.
+
+        Raises:
+            LeaseLostError: the job or its order is not ours any more; a task that was accepted just now is given up.
+        """
+        match event:
+            case Submitting():
+                await self._submitted(event.task_id, images)
+            case TaskAccepted():
+                try:
+                    if self._is_open:
+                        await self._attempt.checkpoint(CallAccepted(self._order_id, self._attempt.job.id, event.task_id))
+                    else:
+                        await self._submitted(event.task_id, images)
+                except LeaseLostError:
+                    await self._give_up(event.task_id, images)
+                    raise
+                self._has_task = True
+            case TaskOver():
+                await self.close("failed")
+
+    async def _submitted(self, task_id: str | None, images: Collection[int]) -> None:
+        self.resumed, self._is_collected = None, False
+        self._is_open, self._has_task = True, task_id is not None
+        job_id = self._attempt.job.id
+        await self._attempt.checkpoint(
+            CallSubmitted(self._order_id, job_id, self._provider.name, tuple(sorted(images)), task_id, self._key)
+        )
+
+    async def _give_up(self, task_id: str, images: Collection[int]) -> None:
+        """Nobody will ask for this task: its id could not be noted."""
+        try:
+            await self._provider.cancel(ProviderCall(0, task_id, tuple(sorted(images)), self._key, datetime.now(UTC)))
+        except JobdaemonError:
+            return  # as good as it gets: the lease is lost
+
+    def ends(self, outcome: Literal["succeeded", "partial", "failed", "unknown"]) -> tuple[Write, ...]:
+        """What closes the call, for the attempt's own end."""
+        return (CallEnded(self._order_id, self._attempt.job.id, outcome),) if self._is_open else ()
+
+    async def close(self, outcome: Literal["succeeded", "partial", "failed", "unknown"]) -> None:
+        """Close the call now: a later attempt buys anew."""
+        if self._is_collected and self.resumed is not None:
+            await self._attempt.checkpoint(CallEnded(self._order_id, self._attempt.job.id, "expired", self.resumed.id))
+        elif self._is_open:
+            await self._attempt.checkpoint(*self.ends(outcome))
+        self._is_open = self._is_collected = False
+
+    async def failed(self, error: Exception, outcome: Literal["partial", "failed"]) -> None:
+        """Close the call if *error* says that nothing more will come of it; else a later attempt goes on with it."""
+        if isinstance(error, LeaseLostError | AnswerLostError):
+            return
+        if not self._has_task or isinstance(error, PermanentError):
+            await self.close(outcome)
