@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from jobdaemon import schema_version
 from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
+from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
@@ -123,9 +124,18 @@ def queue_names(settings: Settings) -> list[str]:
     return sorted(known | {name for name in settings.queues if name != "generate"})
 
 
+def provider_keys(settings: Settings) -> list[ProviderKey]:
+    """The provider keys as rows, without their secrets."""
+    return [
+        ProviderKey(provider, key.alias, key.concurrency, key.rate, key.daily_budget)
+        for provider, keys in settings.provider_keys().items()
+        for key in keys
+    ]
+
+
 async def ensure_rows(store: PostgresJobStore, settings: Settings) -> None:
-    """Insert the plans and queues that are missing; an operator's rows stay as they are."""
-    await store.ensure_rows(queue_names(settings), plans(settings))
+    """Insert the plans, queues and provider keys that are missing; an operator's rows stay as they are."""
+    await store.ensure_rows(queue_names(settings), plans(settings), provider_keys(settings))
 
 
 def require_schema(applied: list[str]) -> None:
@@ -264,6 +274,7 @@ class Daemon:
 def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[str, QueueRules]:
     served = [BEAUTIFY_QUEUE, *(generate_queue(name) for name in providers), UPLOAD_QUEUE]
     paid = {generate_queue(name) for name, provider in providers.items() if provider.is_paid}
+    aliases = {generate_queue(name): tuple(key.alias for key in keys) for name, keys in settings.provider_keys().items()}
     rules: dict[str, QueueRules] = {}
     for name in served:
         queue = settings.queue(name)
@@ -271,7 +282,7 @@ def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[
         if queue.team_size > 0:
             # An upload knows what it has stored only when it ends.
             attempt = AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE, is_paid=name in paid)
-            rules[name] = QueueRules(queue.team_size, attempt)
+            rules[name] = QueueRules(queue.team_size, attempt, aliases.get(name))
     return rules
 
 

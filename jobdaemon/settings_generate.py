@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from jobdaemon.settings_sources import Problem
+from jobdaemon.settings_sources import Problem, array_of_tables
 from jobdaemon.settings_values import (
     Cores,
     LongerThanZero,
     OptionalPath,
     OptionalSecret,
     OptionalText,
+    PerSecond,
     Section,
     ServiceUrl,
     Share,
@@ -28,6 +29,32 @@ PhotoLink = Literal["inline", "store", "superbed"]
 OnUnknownSubmit = Literal["retry", "fail"]
 ImagesPerCall = Annotated[Whole, Field(ge=1, le=15)]
 Pixels = Annotated[Whole, Field(ge=64, le=16_384)]
+
+
+class ProviderKeySettings(Section):
+    """
+    One key of a provider, and what may start under it over all daemons. The limits are written into the database when it does not
+    have this key, and never over what an operator set there.
+
+    Attributes:
+        alias: what rows, logs and the CLI call it.
+        key: the secret. Contents of *key_file*, when given.
+        key_file: a file that holds it.
+        concurrency: most calls at once; None is no limit, as below.
+        rate: calls started per second, evenly spaced.
+        daily_budget: images asked for per day, UTC.
+    """
+
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+    key: OptionalSecret = None
+    key_file: OptionalPath = None
+    concurrency: Annotated[Whole, Field(ge=0, le=100_000)] | None = None
+    rate: PerSecond | None = None
+    daily_budget: Annotated[Whole, Field(ge=0, le=1_000_000_000)] | None = None
+
+
+#: ``[[generate.<provider>.keys]]``: give the section of a provider a field ``keys: ProviderKeys = ()``.
+ProviderKeys = Annotated[tuple[ProviderKeySettings, ...], BeforeValidator(array_of_tables)]
 
 
 class LocalGenerateSettings(Section):

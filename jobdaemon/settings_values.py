@@ -96,6 +96,7 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(_number)]
 Cores = Annotated[int, BeforeValidator(_count_of_cores)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+PerSecond = Annotated[float, BeforeValidator(_number), Field(ge=0.0001, le=10_000)]
 #: The empty text means "not given" wherever nothing is a possible value, in the file as in the environment.
 OptionalPath = Annotated[Path | None, BeforeValidator(_path), BeforeValidator(blank)]
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]

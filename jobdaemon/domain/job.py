@@ -15,6 +15,7 @@ _NO_ORDER = 2**63
 SUSPECT_AFTER = 2
 BEAUTIFY_QUEUE = "beautify"
 UPLOAD_QUEUE = "upload"
+_GENERATE = "generate."
 
 
 class JobStatus(StrEnum):
@@ -39,7 +40,12 @@ class Task(StrEnum):
 
 def generate_queue(provider: str) -> str:
     """The queue of one provider's calls."""
-    return f"generate.{provider}"
+    return f"{_GENERATE}{provider}"
+
+
+def provider_of(queue: str) -> str:
+    """The provider whose calls this queue holds; the inverse of :func:`generate_queue`."""
+    return queue.removeprefix(_GENERATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class Job:
         attempts: finished attempts; 0 during the first.
         deaths: workers that died while it ran.
         token: fences whatever this attempt wants to write; the same for all jobs of one claim call.
+        key_alias: the provider key that this attempt has to use; None where the provider knows no keys.
     """
 
     id: int
@@ -79,6 +86,7 @@ class Job:
     attempts: int = 0
     deaths: int = 0
     token: int | None = None
+    key_alias: str | None = None
 
     @property
     def attempt(self) -> int:

@@ -12,6 +12,7 @@ from jobdaemon.domain.write import Write
 from jobdaemon.errors import (
     DatabaseUnavailableError,
     JobdaemonError,
+    KeyRefusedError,
     PermanentError,
     ProviderUnavailableError,
     RateLimitedError,
@@ -81,16 +82,23 @@ def after_error(
         return Transition(
             job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=Signal.CAPACITY, retry_after=error.retry_after
         )
+    if isinstance(error, KeyRefusedError) and job.key_alias is not None:
+        # The key rests, not the job: another one may take it. Not at once, since the rest may not have been noted.
+        delay = _DEFAULT_SNOOZE * (1 + policy.jitter * jitter)
+        signal = Signal.MONEY if error.is_out_of_money else Signal.KEY
+        return Transition(
+            job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=signal, retry_after=error.retry_after
+        )
     if isinstance(error, DatabaseUnavailableError):
         # No fault of the job, and an outage may outlast all its attempts.
         return Transition(job, End.SNOOZE, delay=_DEFAULT_SNOOZE, error_kind=kind, error=reason)
-    signal = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
+    outage = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
     if isinstance(error, PermanentError) or job.attempt >= policy.attempts:
-        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason, signal=signal)
+        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason, signal=outage)
     delay = backoff_after(job.attempt, policy, jitter)
     if isinstance(error, RetryableError) and error.retry_after is not None:
         delay = max(delay, error.retry_after)
-    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason, signal=signal)
+    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason, signal=outage)
 
 
 def after_death(job: Job, *, ran_alone: bool, other_deaths: int, dead: Callable[[str], tuple[Write, ...]]) -> Transition:

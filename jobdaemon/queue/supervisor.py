@@ -60,10 +60,16 @@ class EngineRules:
 
 @dataclass(frozen=True, slots=True)
 class QueueRules:
-    """How this daemon serves one queue."""
+    """
+    How this daemon serves one queue.
+
+    Attributes:
+        keys: aliases of the provider's keys that this daemon has; None where the provider knows no keys.
+    """
 
     team_size: int
     attempt: AttemptRules
+    keys: tuple[str, ...] | None = None
 
 
 class Supervisor:
@@ -124,6 +130,7 @@ class Supervisor:
                 daemon_id=lambda: self.daemon_id,
                 on_lease_lost=self._heartbeat.beat_now,
                 until_lease_holds=self._until_it_may_claim,
+                keys=rules.keys,
             )
             for name, rules in queues.items()
         }

@@ -61,8 +61,8 @@ class GenerateStage:
         missing = {row.index: row.prompt for row in rows if row.index in wanted and row.status == "pending"}
         if not missing:
             return Done()
-        call = CallRecord(attempt, provider, order.id, key=None)
-        request = await call.find(self._orders, self._request(order, order.beautified, rows, missing))
+        call = CallRecord(attempt, provider, order.id, key=job.key_alias)
+        request = await call.find(self._orders, self._request(order, order.beautified, rows, missing, key=job.key_alias))
         arriving = _Arriving()
         try:
             async with aclosing(provider.generate(request)) as events, arriving:
@@ -88,7 +88,9 @@ class GenerateStage:
             raise UnsupportedFeatureError(f"this daemon knows no provider {name}")
         return provider
 
-    def _request(self, order: OrderRow, photo: Artifact, rows: Sequence[ImageRow], missing: Mapping[int, str]) -> GenerateRequest:
+    def _request(
+        self, order: OrderRow, photo: Artifact, rows: Sequence[ImageRow], missing: Mapping[int, str], *, key: str | None
+    ) -> GenerateRequest:
         [prompt] = set(missing.values())
         same_prompt = [row.index for row in rows if row.prompt == prompt]
         return GenerateRequest(
@@ -98,6 +100,7 @@ class GenerateStage:
             photo=photo,
             load_photo=lambda: self._store.get(photo.key, max_bytes=self._max_photo_bytes),
             params=order.params,
+            key=key,
         )
 
     async def _note(

@@ -71,6 +71,24 @@ def test_resize_sets_and_unsets(cli: Cli, sql: Sql) -> None:
     assert row == {"team_size": None, "cluster_limit": None, "fair_share": 3}
 
 
+def test_keys_are_shown_paused_and_resumed(cli: Cli, sql: Sql) -> None:
+    """The listing has the view's columns; pause and resume answer with the key as it is, and an unknown one is an error."""
+    assert cli("keys").stdout == "There are no provider keys.\n"
+    assert json.loads(cli("keys", "--json").stdout) == []
+    sql.execute("INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency) VALUES ('painter', 'one', 3)")
+    result = cli("keys", "pause", "painter", "one")
+    told = "Key one of painter is paused: concurrency 3, no rate, no daily budget.\n"
+    assert (result.exit_code, result.stdout) == (0, told), result.stderr
+    [row] = json.loads(cli("keys", "--json").stdout)
+    columns = [column.name for column in sql.execute("SELECT * FROM jobdaemon.keys LIMIT 0").description or []]
+    assert list(row) == columns
+    assert row["paused"] is True
+    assert cli("keys").stdout.splitlines()[1].split() == ["painter", "one", "0", "3", "0", "yes"]
+    assert cli("keys", "resume", "painter", "one").stdout.startswith("Key one of painter is open: ")
+    result = cli("keys", "resume", "painter", "two")
+    assert (result.exit_code, result.stderr) == (1, 'Unknown key "two" of provider "painter".\n')
+
+
 def test_a_queue_nobody_serves_is_changed_with_a_warning(cli: Cli) -> None:
     """What nobody serves now may be served later: the change is made, and the answer says so."""
     result = cli("resize", "upload", 0)

@@ -240,6 +240,15 @@ async def test_a_paid_image_outlives_a_store_that_is_away_for_a_moment(monkeypat
     assert sorted(store.objects.values()) == [b"1", b"2"]
 
 
+async def test_a_call_is_made_and_noted_with_the_attempts_key() -> None:
+    """The provider is told which key to use, and the call that it takes remembers it."""
+    orders, provider = _orders(), FakeProvider([Submitting(), ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
+    attempt = FakeAttempt(replace(JOB, key_alias="a"), orders)
+    await _stage(orders, provider).run(attempt)
+    assert provider.requests[0].key == "a"
+    assert attempt.checkpoints[0] == CallSubmitted(1, 9, "fake", (1, 2), None, "a")
+
+
 async def test_nothing_missing_calls_nobody() -> None:
     """An attempt whose images are all there costs no call."""
     orders, provider = _orders(image_row(1, status="stored"), image_row(2, status="failed")), FakeProvider()

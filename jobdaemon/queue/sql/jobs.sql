@@ -31,6 +31,13 @@ UPDATE jobdaemon.daemons SET status = $2, stopped_at = CASE WHEN $2 = 'stopped' 
 -- Rows for the queues we serve; an operator's rows stay as they are.
 INSERT INTO jobdaemon.queues (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING;
 
+-- name: ensure_keys
+-- Provider keys of the settings that have no row yet; an operator's rows stay as they are.
+INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency, rate, daily_budget)
+SELECT k.provider, k.alias, k.concurrency, k.rate, k.daily_budget
+FROM jsonb_to_recordset($1::jsonb) AS k (provider text, alias text, concurrency integer, rate float8, daily_budget integer)
+ON CONFLICT (provider, alias) DO NOTHING;
+
 -- name: ensure_plans
 -- Plans of the settings that have no row yet; an operator's rows stay as they are.
 INSERT INTO jobdaemon.plans (name, images, priority, lift_after, expires_after, max_open_orders,
@@ -42,11 +49,11 @@ FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority int
 ON CONFLICT (name) DO NOTHING;
 
 -- name: claim
--- Up to $3 ready jobs of one queue, under one token. How its circuit was before: this statement sees nothing of what the function
--- does.
-SELECT id, task_name, priority, args, attempts, deaths, token,
+-- Up to $3 ready jobs of one queue, under one token; with keys $4, a last row without a job may say when they open. How the circuit
+-- was before: this statement sees nothing of what the function does.
+SELECT id, task_name, priority, args, attempts, deaths, token, key_alias, opens_in_s,
     (SELECT q.circuit FROM jobdaemon.queues q WHERE q.name = $1) AS circuit_before
-FROM jobdaemon.claim_jobs($1, $2, $3);
+FROM jobdaemon.claim_jobs($1, $2, $3, $4::text[]);
 
 -- name: queue_rows
 -- What operators set for these queues and for daemon $2, and whether a job is ready in them: the net below the notifications.
@@ -91,7 +98,7 @@ FROM locked l WHERE j.id = l.id;
 -- name: lost_jobs
 -- Running jobs whose worker is gone or silent for longer than the lease ($1, seconds; NULL: not asked), and those of worker $3
 -- that are not among those it knows to run ($4). No lock: the fence decides.
-SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.worker_id
+SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id
 FROM jobdaemon.procrastinate_jobs j
 LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
 WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
@@ -123,7 +130,8 @@ SELECT id, status::text, token, abort_requested FROM jobdaemon.procrastinate_job
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
 
 -- name: end_jobs
--- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten.
+-- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten. A job
+-- that may run again keeps the key of a task that it has bought and not collected.
 UPDATE jobdaemon.procrastinate_jobs j
 SET status = e.status::jobdaemon.procrastinate_job_status,
     attempts = j.attempts + e.spent,
@@ -131,6 +139,7 @@ SET status = e.status::jobdaemon.procrastinate_job_status,
     scheduled_at = CASE WHEN e.status = 'todo' THEN now() + e.delay_s * interval '1 second' END,
     worker_id = CASE WHEN e.status = 'todo' THEN NULL ELSE j.worker_id END,
     token = CASE WHEN e.died > 0 THEN NULL ELSE j.token END,
+    key_alias = CASE WHEN j.key_alias IS NOT NULL AND e.status IN ('todo', 'failed') THEN jobdaemon.bought_with(j.id) END,
     abort_requested = false
 FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::float8[], $5::smallint[]) AS e (id, status, spent, delay_s, died)
 WHERE j.id = e.id;
