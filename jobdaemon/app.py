@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,8 +32,10 @@ from jobdaemon.settings import Settings
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from pydantic import SecretStr
 
     from jobdaemon.http import GuardedClient
+    from jobdaemon.settings_generate import ProviderKeySettings
 
 
 #: Between two tries to start an embedded server that died.
@@ -254,12 +256,19 @@ def _comfyui_provider(settings: Settings, services: GuardedClient) -> Provider:
     return ComfyUIProvider(settings.generate.comfyui, client=services, max_image_bytes=settings.photos.result_max_bytes)
 
 
+def _secrets(single: SecretStr | None, keys: Iterable[ProviderKeySettings]) -> dict[str, str]:
+    """Alias -> key; a single one needs no alias."""
+    secrets = {"default": single} if single is not None else {key.alias: key.key for key in keys}
+    return {alias: secret.get_secret_value() for alias, secret in secrets.items() if secret is not None}
+
+
 def _openai_images_provider(settings: Settings, services: GuardedClient) -> Provider:
     from jobdaemon.providers.openai_images import OpenAIImagesProvider
 
     section = settings.generate.openai_images
-    keys = {} if section.api_key is None else {"default": section.api_key.get_secret_value()}
-    return OpenAIImagesProvider(section, keys=keys, client=services, max_image_bytes=settings.photos.result_max_bytes)
+    return OpenAIImagesProvider(
+        section, keys=_secrets(section.api_key, section.keys), client=services, max_image_bytes=settings.photos.result_max_bytes
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ class OpenAIImagesSettings(Section):
         base_url: with the version, without the path of an endpoint.
         api_key: contents of *api_key_file*, when given.
         api_key_file: a file that holds it.
+        keys: several keys with limits of their own, instead of *api_key*.
         model: what the gateway calls it.
         endpoint: edits sends the photo, generations only the prompt.
         images_per_call: most images of one call; some models make one whatever is asked.
@@ -89,6 +90,7 @@ class OpenAIImagesSettings(Section):
     base_url: ServiceUrl = "https://api.openai.com/v1"
     api_key: OptionalSecret = None
     api_key_file: OptionalPath = None
+    keys: ProviderKeys = ()
     model: Annotated[str, Field(min_length=1, max_length=200)] = "gpt-image-2"
     endpoint: Literal["edits", "generations"] = "edits"
     images_per_call: Annotated[Whole, Field(ge=1, le=10)] = 5
@@ -107,6 +109,7 @@ class DashScopeSettings(Section):
         base_url: of the key's region, without /api/v1.
         api_key: contents of *api_key_file*, when given.
         api_key_file: a file that holds it.
+        keys: several keys with limits of their own, instead of *api_key*.
         workspace: sent as X-DashScope-WorkSpace when given.
         model: decides the endpoint and the form of the request.
         images_per_call: most images of one call; the service makes four at most.
@@ -121,6 +124,7 @@ class DashScopeSettings(Section):
     base_url: ServiceUrl = "https://dashscope.aliyuncs.com"
     api_key: OptionalSecret = None
     api_key_file: OptionalPath = None
+    keys: ProviderKeys = ()
     workspace: OptionalText = None
     model: Annotated[str, Field(min_length=1, max_length=200)] = "wan2.5-i2i-preview"
     images_per_call: Annotated[Whole, Field(ge=1, le=4)] = 4
@@ -204,8 +208,8 @@ class GenerateSettings(Section):
         """Names of the providers whose section says enough to call them."""
         has_what_it_takes = {
             "local": True,
-            "openai_images": self.openai_images.api_key is not None,
-            "dashscope": self.dashscope.api_key is not None,
+            "openai_images": self.openai_images.api_key is not None or bool(self.openai_images.keys),
+            "dashscope": self.dashscope.api_key is not None or bool(self.dashscope.keys),
             "jimeng": self.jimeng.access_key_id is not None and self.jimeng.secret_access_key is not None,
             "comfyui": bool(self.comfyui.servers) and self.comfyui.workflow is not None,
         }
@@ -239,10 +243,13 @@ def provider_contradictions(generate: GenerateSettings, superbed: SuperbedSettin
         "jimeng": ("access_key_id", "secret_access_key"),
         "comfyui": ("servers", "workflow"),
     }
-    for name in needs.get(chosen, ()):
+    for name in () if chosen in generate.usable() else needs.get(chosen, ()):
         if not getattr(getattr(generate, chosen), name):
             or_file = "" if chosen == "comfyui" else f" (or generate.{chosen}.{name}_file)"
             yield Problem(f"generate.{chosen}.{name}", f'must be set{or_file}, because orders.provider is "{chosen}"')
+    for name in ("openai_images", "dashscope"):
+        if getattr(generate, name).api_key is not None and getattr(generate, name).keys:
+            yield Problem(f"generate.{name}.api_key", f"is given beside generate.{name}.keys: one of the two")
     for name, section in (("dashscope", generate.dashscope), ("jimeng", generate.jimeng)):
         if name not in (*generate.usable(), chosen):
             continue

@@ -18,6 +18,7 @@ from jobdaemon.errors import SettingsError
 from jobdaemon.settings import Settings, load_settings
 from jobdaemon.settings_generate import GenerateSettings, ProviderKeys
 from jobdaemon.settings_values import Section
+from tests.fakes import FakeProvider
 
 Write = Callable[[str], Path]
 VARIABLE = "JOBDAEMON_GENERATE__PAINTER__KEYS"
@@ -174,5 +175,5 @@ def test_what_is_no_array_of_tables(write: Write, value: str) -> None:
 async def test_the_engine_gets_the_aliases(write: Write) -> None:
     """The team of a provider's queue claims under the keys of its section; other teams under none."""
     settings = load_settings(write(ONE), {})
-    rules = app._queue_rules(settings, {"local": object(), "painter": object()})  # type: ignore[dict-item]
+    rules = app._queue_rules(settings, {"local": FakeProvider(), "painter": FakeProvider()})
     assert {name: queue.keys for name, queue in rules.items() if queue.keys} == {"generate.painter": ("one",)}
