@@ -88,6 +88,8 @@ Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 LongerThanZero = Annotated[Duration, Field(gt=timedelta(0))]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(_number)]
+Priority = Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)]
+OptionalPriority = Annotated[Priority | None, BeforeValidator(blank)]
 Cores = Annotated[int, BeforeValidator(_count_of_cores)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 #: The empty text means "not given" wherever nothing is a possible value, in the file as in the environment.

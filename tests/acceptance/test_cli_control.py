@@ -149,15 +149,15 @@ def test_explain_an_order_and_a_job(cli: Cli, sql: Sql) -> None:
     result = cli("explain", second)
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
-        f"Order {second} is queued; it waits for: no daemon serves queue beautify.",
+        f"Order {second} is queued. Why it waits: no daemon serves queue beautify.",
         "Job 2 (beautify, todo):",
         "  no daemon serves queue beautify",
-        "  1 job of queue beautify goes first",
+        "  1 job goes first in queue beautify",
     ]
     document = json.loads(cli("explain", second, "--json").stdout)
     reasons = [
         {"reason": "no_daemon", "told": "no daemon serves queue beautify", "draining": 0},
-        {"reason": "behind", "told": "1 job of queue beautify goes first", "jobs": 1, "or_more": False},
+        {"reason": "behind", "told": "1 job goes first in queue beautify", "jobs": 1, "or_more": False},
     ]
     job = {"job_id": 2, "queue": "beautify", "task": "jobdaemon.beautify", "status": "todo", "reasons": reasons}
     assert document == {"order_id": second, "status": "queued", "waiting_for": "no daemon serves queue beautify", "jobs": [job]}
