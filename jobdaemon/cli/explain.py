@@ -77,8 +77,8 @@ def _print_jobs(jobs: list[dict[str, Any]]) -> None:
         what = f"{first['task'].removeprefix('jobdaemon.')}, {first['status']}"
         print(text(f"{'Job' if len(same) == 1 else 'Jobs'} {ids}{more} ({what}):"))
         for reason in first["reasons"]:
-            of_first = f" before job {first['job_id']}" if len(same) > 1 and reason["reason"] == _BEHIND else ""
-            print(text(f"  {reason['told']}{of_first}"))
+            of_first = f"before job {first['job_id']}: " if len(same) > 1 and reason["reason"] == _BEHIND else ""
+            print(text(f"  {of_first}{reason['told']}"))
 
 
 def _alike(job: dict[str, Any]) -> tuple[object, ...]:
