@@ -88,12 +88,18 @@ $$;
 -- operator's own wins in every stage; a lifted order is lifted where its plan is not the highest already, since there it would only
 -- lose by it. The same in Python, without operators and lifting: Plan.priority_in.
 CREATE FUNCTION job_priority(p_order orders, p_queue text) RETURNS integer
-LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
+LANGUAGE plpgsql STABLE SET search_path = jobdaemon, pg_temp
 AS $$
-    SELECT CASE WHEN p_order.prioritized THEN p_order.priority
-        WHEN p_order.lifted_at IS NOT NULL AND own.priority < top_priority(p_queue) THEN lifted_priority()
-        ELSE own.priority END
-    FROM (SELECT coalesce((p_order.stage_priority -> split_part(p_queue, '.', 1))::integer, p_order.priority) AS priority) AS own;
+DECLARE
+    v_own integer := coalesce((p_order.stage_priority -> split_part(p_queue, '.', 1))::integer, p_order.priority);
+BEGIN
+    IF p_order.prioritized THEN
+        RETURN p_order.priority;
+    ELSIF p_order.lifted_at IS NULL OR v_own >= top_priority(p_queue) THEN
+        RETURN v_own;
+    END IF;
+    RETURN lifted_priority();
+END;
 $$;
 
 -- The plans whose orders may be lifted: in some stage another plan is above them.
@@ -385,46 +391,59 @@ AS $$
         || CASE WHEN p_lifted BETWEEN 1 AND p_count - 1 THEN format(', %s of them lifted', p_lifted) ELSE '' END
 $$;
 
--- The keys of this queue's provider when it has some and none of them can start a call now: what is in the way of each, in words
--- and as {provider, keys: [{alias, reason, until, …}]}. No row where there are no keys, or one is free.
-CREATE FUNCTION keys_in_the_way(p_queue text, OUT told text, OUT numbers jsonb) RETURNS SETOF record
+-- The keys of this job's provider when it has some and none of them can start a call for it now: what is in the way of each, in
+-- words and as {provider, keys: [{alias, reason, until, …}]}. No row where there are no keys, or one is free. A job that waits with a
+-- key has bought a task under it: it is to be collected with that key, and only a rest or its concurrency is in the way.
+CREATE FUNCTION keys_in_the_way(p_job procrastinate_jobs, OUT told text, OUT numbers jsonb) RETURNS SETOF record
 LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
 AS $$
-    WITH judged AS (
-        SELECT k.alias, k.daily_budget, k.rested_until, k.rest_reason, k.concurrency, k.next_start_at, r.running, today.ends_at,
-            CASE WHEN k.paused THEN 'paused'
-                WHEN k.spent_on = today.day AND k.spent >= k.daily_budget THEN 'budget'
+    WITH known AS (
+        SELECT k.alias, k.paused, k.concurrency, k.rate, k.daily_budget, k.rested_until, k.rest_reason, k.next_start_at,
+            k.alias = p_job.key_alias AS is_its_own,
+            CASE WHEN k.spent_on = (now() AT TIME ZONE 'UTC')::date THEN k.spent ELSE 0 END AS spent_today,
+            (SELECT count(*) FROM procrastinate_jobs j
+                WHERE j.queue_name = p_job.queue_name AND j.status = 'doing' AND j.key_alias = k.alias) AS in_use,
+            CASE jsonb_typeof(p_job.args -> 'images') WHEN 'array' THEN jsonb_array_length(p_job.args -> 'images') ELSE 1 END AS wanted,
+            ((now() AT TIME ZONE 'UTC')::date + 1)::timestamp AT TIME ZONE 'UTC' AS midnight
+        FROM provider_keys k WHERE p_job.queue_name = 'generate.' || k.provider
+    ), judged AS (
+        SELECT k.*, CASE WHEN k.paused AND NOT its.own THEN 'paused'
+                WHEN k.spent_today + k.wanted > k.daily_budget AND NOT its.own THEN 'budget'
                 WHEN k.rested_until > now() THEN 'resting'
-                WHEN r.running >= k.concurrency THEN 'concurrency'
-                WHEN k.rate IS NOT NULL AND k.next_start_at > now() THEN 'rate' END AS reason
-        FROM provider_keys k
-        CROSS JOIN LATERAL (SELECT count(*) AS running FROM procrastinate_jobs j
-            WHERE j.queue_name = p_queue AND j.status = 'doing' AND j.key_alias = k.alias) AS r
-        CROSS JOIN LATERAL (SELECT (now() AT TIME ZONE 'UTC')::date AS day,
-            ((now() AT TIME ZONE 'UTC')::date + 1)::timestamp AT TIME ZONE 'UTC' AS ends_at) AS today
-        WHERE p_queue = 'generate.' || k.provider
+                WHEN k.in_use >= k.concurrency THEN 'concurrency'
+                WHEN k.rate IS NOT NULL AND k.next_start_at > now() AND NOT its.own THEN 'rate' END AS in_the_way
+        FROM known k CROSS JOIN LATERAL (SELECT coalesce(k.is_its_own, false) AS own) AS its
+        WHERE its.own OR NOT EXISTS (SELECT FROM known other WHERE other.is_its_own)
     ), named AS (
         SELECT n.alias, row_number() OVER (ORDER BY n.alias) AS place,
-            CASE n.reason WHEN 'paused' THEN format('%s is paused', n.alias)
-                WHEN 'budget' THEN format('%s has spent its budget of %s for today, until %s', n.alias, n.daily_budget,
-                    utc_text(n.ends_at))
+            CASE n.in_the_way WHEN 'paused' THEN format('%s is paused', n.alias)
+                WHEN 'budget' THEN CASE WHEN n.spent_today >= n.daily_budget
+                    THEN format('%s has spent its budget of %s images for today, until %s', n.alias, n.daily_budget,
+                        utc_text(n.midnight))
+                    ELSE format('%s has %s of its %s images for today left until %s, and this job asks for %s', n.alias,
+                        n.daily_budget - n.spent_today, n.daily_budget, utc_text(n.midnight), n.wanted) END
                 WHEN 'resting' THEN format('%s rests until %s', n.alias, utc_text(n.rested_until))
                     || coalesce(' (' || left(n.rest_reason, 100) || ')', '')
-                WHEN 'concurrency' THEN format('%s runs as many calls as it may (running %s, limit %s)', n.alias, n.running,
+                WHEN 'concurrency' THEN format('%s runs as many calls as it may (running %s, limit %s)', n.alias, n.in_use,
                     n.concurrency)
                 WHEN 'rate' THEN format('%s may start its next call at %s', n.alias, utc_text(n.next_start_at)) END AS told,
-            jsonb_strip_nulls(jsonb_build_object('alias', n.alias, 'reason', n.reason)
-                || CASE n.reason WHEN 'budget' THEN jsonb_build_object('budget', n.daily_budget, 'until', n.ends_at)
+            jsonb_strip_nulls(jsonb_build_object('alias', n.alias, 'reason', n.in_the_way)
+                || CASE n.in_the_way
+                    WHEN 'budget' THEN jsonb_build_object('budget', n.daily_budget, 'spent', n.spent_today, 'until', n.midnight)
                     WHEN 'resting' THEN jsonb_build_object('until', n.rested_until, 'why', left(n.rest_reason, 100))
-                    WHEN 'concurrency' THEN jsonb_build_object('running', n.running, 'limit', n.concurrency)
-                    WHEN 'rate' THEN jsonb_build_object('until', n.next_start_at) ELSE '{}' END) AS numbers
+                    WHEN 'concurrency' THEN jsonb_build_object('running', n.in_use, 'limit', n.concurrency)
+                    WHEN 'rate' THEN jsonb_build_object('until', n.next_start_at) ELSE '{}' END) AS numbers,
+            n.is_its_own
         FROM judged n
+    ), provider AS (
+        SELECT substr(p_job.queue_name, length('generate.') + 1) AS name
     )
-    SELECT format('no key of %s can start a call now: %s%s', substr(p_queue, length('generate.') + 1),
-            string_agg(n.told, ', ' ORDER BY n.alias) FILTER (WHERE n.place <= 5),
-            CASE WHEN count(*) > 5 THEN format(', and %s more', count(*) - 5) ELSE '' END),
-        jsonb_build_object('provider', substr(p_queue, length('generate.') + 1), 'keys', jsonb_agg(n.numbers ORDER BY n.alias))
-    FROM named n
+    SELECT CASE WHEN bool_or(n.is_its_own) THEN 'its call is to be collected with the key it was bought with: '
+                ELSE format('no key of %s can start a call now: ', min(p.name)) END
+            || string_agg(n.told, ', ' ORDER BY n.alias) FILTER (WHERE n.place <= 5)
+            || CASE WHEN count(*) > 5 THEN format(', and %s more', count(*) - 5) ELSE '' END,
+        jsonb_build_object('provider', min(p.name), 'keys', jsonb_agg(n.numbers ORDER BY n.alias))
+    FROM named n CROSS JOIN provider p
     HAVING count(*) > 0 AND count(n.told) = count(*);
 $$;
 
@@ -524,7 +543,7 @@ BEGIN
         IF p_first_only THEN RETURN; END IF;
         v_hindered := true;
     END IF;
-    SELECT * INTO v_keys FROM keys_in_the_way(v_name);
+    SELECT * INTO v_keys FROM keys_in_the_way(p_job);
     IF FOUND THEN
         RETURN QUERY SELECT 'key', v_keys.told || v_line, v_keys.numbers;
         IF p_first_only THEN RETURN; END IF;

@@ -339,7 +339,7 @@ async def test_each_key_says_what_is_in_its_way(world: World) -> None:
     assert key["told"] == (
         "no key of local can start a call now: a is paused, b rests until 2100-01-02T03:04:05Z (429 Throttling),"
         " c runs as many calls as it may (running 2, limit 2), d may start its next call at 2100-01-02T03:04:06Z,"
-        f" e has spent its budget of 5 for today, until {until}"
+        f" e has spent its budget of 5 images for today, until {until}"
     )
     assert key["provider"] == "local"
     assert [(one["alias"], one["reason"]) for one in key["keys"]] == list(
@@ -368,6 +368,38 @@ async def test_one_free_key_is_enough(world: World, free: Row) -> None:
     _have_keys(world.sql, {"alias": "free", **free})
     assert list(world.reasons(world.defer(QUEUE)[0])) == ["ready"]
     assert list(world.reasons(world.defer("upload")[0])) == ["ready"]
+
+
+async def test_a_budget_too_small_for_this_job(world: World) -> None:
+    """A key with fewer images left for today than the job asks for says so; a smaller job can go."""
+    _have_keys(world.sql, {"alias": "main", "daily_budget": 5, "spent": 3, "spent_on": "today"})
+    world.sql.execute("SET TIME ZONE 'UTC'")
+    world.sql.execute("UPDATE jobdaemon.provider_keys SET spent_on = current_date")
+    key = world.reasons(world.defer(QUEUE, images=[1, 2, 3])[0])["key"]
+    words = rf"no key of local can start a call now: main has 2 of its 5 images for today left until {Z}, and this job asks for 3"
+    assert re.fullmatch(words, key["told"])
+    assert (key["keys"][0]["budget"], key["keys"][0]["spent"]) == (5, 3)
+    assert "key" not in world.reasons(world.defer(QUEUE, images=[1, 2])[0])
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"paused": True, "daily_budget": 0, "rate": 1, "next_start_at": "2100-01-02T03:04:06Z"}, None),
+        ({"rested_until": "2100-01-02T03:04:05Z"}, "main rests until 2100-01-02T03:04:05Z"),
+        ({"concurrency": 0}, "main runs as many calls as it may (running 0, limit 0)"),
+    ],
+)
+async def test_what_was_bought_waits_for_its_own_key(world: World, own: Row, words: str | None) -> None:
+    """Neither pause, budget nor rate keeps a bought call from being collected; a rest and a full key do, whoever is free."""
+    _have_keys(world.sql, {"alias": "main", **own}, {"alias": "free"})
+    [job_id] = world.defer(QUEUE)
+    world.sql.execute("UPDATE jobdaemon.procrastinate_jobs SET key_alias = 'main' WHERE id = %s", [job_id])
+    reasons = world.reasons(job_id)
+    told = f"its call is to be collected with the key it was bought with: {words}"
+    assert (reasons["key"]["told"] if "key" in reasons else None) == (None if words is None else told)
+    world.sql.execute("UPDATE jobdaemon.procrastinate_jobs SET key_alias = 'gone' WHERE id = %s", [job_id])
+    assert "key" not in world.reasons(job_id)
 
 
 async def test_many_keys_stay_one_line(world: World) -> None:
