@@ -108,6 +108,7 @@ def plans(settings: Settings) -> list[Plan]:
             name=name,
             images=plan.images,
             priority=plan.priority,
+            stage_priority=plan.stage_priority.named(),
             lift_after=plan.lift_after,
             expires_after=plan.expires_after,
             max_open_orders=plan.max_open_orders,

@@ -61,8 +61,10 @@ from jobdaemon.settings_values import (
     LongerThanZero,
     Name,
     OptionalPath,
+    OptionalPriority,
     OptionalSecret,
     OptionalText,
+    Priority,
     Prompts,
     Section,
     Share,
@@ -157,6 +159,25 @@ class QueueOverrides(Section):
     run_timeout: LongerThanZero | None = None
 
 
+class StagePriorities(Section):
+    """
+    Where a plan's priority differs from stage to stage. None: the plan's own.
+
+    Attributes:
+        beautify: of its photos.
+        generate: of its provider calls, whoever the provider is.
+        upload: of its finished images.
+    """
+
+    beautify: OptionalPriority = None
+    generate: OptionalPriority = None
+    upload: OptionalPriority = None
+
+    def named(self) -> dict[str, int]:
+        """Stage -> priority, for the stages that have one."""
+        return self.model_dump(exclude_none=True)
+
+
 class PlanSettings(Section):
     """
     What a plan buys.
@@ -164,6 +185,7 @@ class PlanSettings(Section):
     Attributes:
         images: of an order that does not ask for fewer.
         priority: higher goes first.
+        stage_priority: in stages where it is to be another.
         lift_after: work that waited longer is lifted over younger work.
         expires_after: an order still open then ends as failed, with a reason.
         max_open_orders: of this plan; more are refused as "queue full". 0 means no limit.
@@ -171,7 +193,8 @@ class PlanSettings(Section):
     """
 
     images: Annotated[Whole, Field(ge=1, le=1_000)]
-    priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)]
+    priority: Priority
+    stage_priority: StagePriorities = StagePriorities()
     lift_after: LongerThanZero
     expires_after: LongerThanZero = timedelta(hours=24)
     max_open_orders: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 100
@@ -182,7 +205,7 @@ class FreePlan(PlanSettings):
     """The defaults of Free."""
 
     images: Annotated[Whole, Field(ge=1, le=1_000)] = 2
-    priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 300
+    priority: Priority = 300
     lift_after: LongerThanZero = timedelta(minutes=5)
 
 
@@ -190,7 +213,7 @@ class StartPlan(PlanSettings):
     """The defaults of Start."""
 
     images: Annotated[Whole, Field(ge=1, le=1_000)] = 30
-    priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 200
+    priority: Priority = 200
     lift_after: LongerThanZero = timedelta(minutes=15)
 
 
@@ -198,7 +221,7 @@ class ProPlan(PlanSettings):
     """The defaults of Pro."""
 
     images: Annotated[Whole, Field(ge=1, le=1_000)] = 70
-    priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 100
+    priority: Priority = 100
     lift_after: LongerThanZero = timedelta(minutes=30)
 
 

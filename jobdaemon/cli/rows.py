@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,22 +10,27 @@ if TYPE_CHECKING:
 
     from jobdaemon.settings import Settings
 
-_COLUMNS = "images, priority, lift_after, expires_after, max_open_orders, max_open_orders_per_customer, prompts, provider"
+#: Column -> type of what the settings say of a plan, but for its name.
+_COLUMNS = {
+    "images": "integer",
+    "priority": "integer",
+    "stage_priority": "jsonb",
+    "lift_after": "interval",
+    "expires_after": "interval",
+    "max_open_orders": "integer",
+    "max_open_orders_per_customer": "integer",
+    "prompts": "text[]",
+    "provider": "text",
+}
+_VALUES = ", ".join(f"%s::{type_}" for type_ in ("text", *_COLUMNS.values()))
+_NAMES, _OLD, _NEW = (", ".join(alias + name for name in _COLUMNS) for alias in ("", "p.", "n."))
 _INSERT_PLAN = f"""
-INSERT INTO jobdaemon.plans (name, {_COLUMNS}) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)
-ON CONFLICT (name) DO NOTHING RETURNING name
-"""  # noqa: S608 - one constant
+INSERT INTO jobdaemon.plans (name, {_NAMES}) VALUES ({_VALUES}) ON CONFLICT (name) DO NOTHING RETURNING name
+"""  # noqa: S608 - constants
 _UPDATE_PLAN = f"""
-UPDATE jobdaemon.plans AS p SET ({_COLUMNS}) = (n.images, n.priority, n.lift_after, n.expires_after, n.max_open_orders,
-    n.max_open_orders_per_customer, n.prompts, n.provider)
-FROM (VALUES (%s::text, %s::integer, %s::integer, %s::interval, %s::interval, %s::integer, %s::integer, %s::text[], %s::text))
-    AS n (name, {_COLUMNS})
-WHERE p.name = n.name AND (p.images, p.priority, p.lift_after, p.expires_after, p.max_open_orders,
-    p.max_open_orders_per_customer, p.prompts, p.provider)
-    IS DISTINCT FROM (n.images, n.priority, n.lift_after, n.expires_after, n.max_open_orders,
-    n.max_open_orders_per_customer, n.prompts, n.provider)
-RETURNING p.name
-"""  # noqa: S608 - one constant
+UPDATE jobdaemon.plans AS p SET ({_NAMES}) = ({_NEW}) FROM (VALUES ({_VALUES})) AS n (name, {_NAMES})
+WHERE p.name = n.name AND ({_OLD}) IS DISTINCT FROM ({_NEW}) RETURNING p.name
+"""  # noqa: S608 - constants
 _INSERT_QUEUE = "INSERT INTO jobdaemon.queues (name) VALUES (%s) ON CONFLICT (name) DO NOTHING RETURNING name"
 _INSERT_KEY = """
 INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency, rate, daily_budget) VALUES (%s, %s, %s, %s, %s)
@@ -64,8 +70,9 @@ def write_rows(connection: psycopg.Connection[Any], settings: Settings, *, overw
 
     with connection.transaction():
         for plan in app.plans(settings):
-            values = [plan.name, plan.images, plan.priority, plan.lift_after, plan.expires_after, plan.max_open_orders]
-            values += [plan.max_open_orders_per_customer, list(plan.prompts), plan.provider]
+            row: dict[str, Any] = {name: getattr(plan, name) for name in _COLUMNS}
+            row |= {"stage_priority": json.dumps(dict(plan.stage_priority)), "prompts": list(plan.prompts)}
+            values = [plan.name, *row.values()]
             if not write("plans_inserted", _INSERT_PLAN, values) and overwrite:
                 write("plans_overwritten", _UPDATE_PLAN, values)
         for name in app.queue_names(settings):

@@ -54,7 +54,7 @@ class NewJob:
     A job to insert.
 
     Attributes:
-        priority: higher goes first.
+        priority: higher goes first. A job for an order gets that order's priority in its stage instead, when it is inserted.
         args: JSON object.
         delay: not before this long from now, by the database's clock.
     """

@@ -73,14 +73,14 @@ def _waiting_for(sql: Sql, order_id: int) -> str | None:
 async def test_waiting_for_says_why(sql: Sql, order_factory: Orders, claimed_job_factory: Claimed) -> None:
     """An order says whether it waits for a slot, a pause, its time or a daemon; a running or ended one waits for nothing."""
     order_id = order_factory("Free")
-    assert _waiting_for(sql, order_id) == "a free slot in queue beautify"
+    assert _waiting_for(sql, order_id) == "nothing is in its way: the next free worker of queue beautify takes it"
     sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 hour'")
     assert _waiting_for(sql, order_id) == "no daemon serves queue beautify"
     sql.execute("SELECT jobdaemon.pause_queue('beautify')")
     assert _waiting_for(sql, order_id) == "queue beautify is paused"
     sql.execute("SELECT jobdaemon.resume_queue('beautify')")
     later = order_factory("Free", at="tomorrow")
-    assert str(_waiting_for(sql, later)).startswith("scheduled until ")
+    assert str(_waiting_for(sql, later)).startswith("it is scheduled to wait until ")
     await claimed_job_factory.claim("beautify")
     assert _waiting_for(sql, order_id) is None
     sql.execute("SELECT jobdaemon.cancel_order(%s)", [later])

@@ -40,11 +40,11 @@ ON CONFLICT (provider, alias) DO NOTHING;
 
 -- name: ensure_plans
 -- Plans of the settings that have no row yet; an operator's rows stay as they are.
-INSERT INTO jobdaemon.plans (name, images, priority, lift_after, expires_after, max_open_orders,
+INSERT INTO jobdaemon.plans (name, images, priority, stage_priority, lift_after, expires_after, max_open_orders,
     max_open_orders_per_customer, prompts, provider)
-SELECT p.name, p.images, p.priority, p.lift_after_s * interval '1 second', p.expires_after_s * interval '1 second',
+SELECT p.name, p.images, p.priority, p.stage_priority, p.lift_after_s * interval '1 second', p.expires_after_s * interval '1 second',
     p.max_open_orders, p.max_open_orders_per_customer, p.prompts, p.provider
-FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority integer, lift_after_s float8,
+FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority integer, stage_priority jsonb, lift_after_s float8,
     expires_after_s float8, max_open_orders integer, max_open_orders_per_customer integer, prompts text[], provider text)
 ON CONFLICT (name) DO NOTHING;
 
@@ -74,10 +74,9 @@ UPDATE jobdaemon.daemons SET queues = $2::jsonb WHERE id = $1 AND queues <> $2::
 SELECT promoted, CASE WHEN next_due < clock_timestamp() + interval '1 day'
     THEN extract(epoch FROM next_due - clock_timestamp())::float8 END AS next_due_s,
     EXISTS (SELECT FROM jobdaemon.orders o WHERE o.finished_at IS NULL AND o.expires_at <= now()) AS has_expired,
-    EXISTS (SELECT FROM jobdaemon.plans p
-        WHERE p.priority < (SELECT max(t.priority) FROM jobdaemon.plans t) AND EXISTS (
-            SELECT FROM jobdaemon.orders o WHERE o.plan = p.name AND o.finished_at IS NULL AND o.lifted_at IS NULL
-                AND NOT o.prioritized AND o.waits_from <= now() - p.lift_after)) AS has_overdue
+    EXISTS (SELECT FROM jobdaemon.plans_below_top() AS p
+        WHERE EXISTS (SELECT FROM jobdaemon.orders o WHERE o.plan = p.name AND o.finished_at IS NULL AND o.lifted_at IS NULL
+            AND NOT o.prioritized AND o.waits_from <= now() - p.lift_after)) AS has_overdue
 FROM jobdaemon.promote_jobs($1);
 
 -- name: wake_queues
@@ -145,11 +144,11 @@ FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::float8[], $5::smallint[
 WHERE j.id = e.id;
 
 -- name: defer_jobs
--- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}. The orders are locked: what
--- an operator has set their priority to, and that they were lifted, is known here, though the stage may have read them before.
--- Each job names its order's customer, for the fair share.
+-- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}. The orders are locked: job_priority
+-- knows their priority in this stage, what an operator has set it to, and that they were lifted, though the stage may have read
+-- them before. Each job names its order's customer, for the fair share.
 SELECT jobdaemon.procrastinate_defer_jobs_v1(array_agg(ROW(n.queue, n.task,
-    CASE WHEN o.prioritized THEN o.priority WHEN o.lifted_at IS NOT NULL THEN jobdaemon.lifted_priority() ELSE n.priority END,
+    CASE WHEN o.id IS NULL THEN n.priority ELSE jobdaemon.job_priority(o, n.queue) END,
     NULL, NULL, CASE WHEN o.customer <> '' THEN n.args || jsonb_build_object('customer', o.customer) ELSE n.args END,
     now() + n.delay_s * interval '1 second')::jobdaemon.procrastinate_job_to_defer_v1 ORDER BY n.place))
 FROM ROWS FROM (jsonb_to_recordset($1::jsonb) AS (queue text, task text, priority integer, args jsonb, delay_s float8))
