@@ -210,6 +210,9 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
         SettingsError: one cannot work as it is set.
     """
     providers: dict[str, Provider] = {"local": _local_provider(settings)}
+    usable = settings.generate.usable()
+    if "dashscope" in usable:
+        providers["dashscope"] = _dashscope_provider(settings, services)
     return providers
 
 
@@ -230,6 +233,17 @@ def _local_provider(settings: Settings) -> Provider:
         images_per_call=settings.orders.images_per_call,
         find_faces=find_faces,
     )
+
+
+def _dashscope_provider(settings: Settings, services: GuardedClient) -> Provider:
+    from jobdaemon.providers.dashscope import DashScopeProvider
+    from jobdaemon.providers.photo_links import InlineLinks
+
+    section = settings.generate.dashscope
+    if section.photo != "inline":
+        raise SettingsError(f'generate.dashscope.photo: there is no {section.photo!r}; there is "inline"')
+    keys = {} if section.api_key is None else {"default": section.api_key.get_secret_value()}
+    return DashScopeProvider(section, keys=keys, client=services, links=InlineLinks())
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,10 @@ from jobdaemon.units import format_duration, format_size
 SYSTEM_CONFIG = Path("/etc/jobdaemon/jobdaemon.toml")
 
 #: What can be chosen; app.py builds each.
-PROVIDERS = ("local",)
+PROVIDERS = (
+    "local",
+    "dashscope",
+)
 BACKENDS = ("opencv",)
 #: The door's own bound: enqueue_order refuses longer prompts.
 MAX_PROMPT_BYTES = 4000

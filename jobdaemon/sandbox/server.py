@@ -30,7 +30,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from jobdaemon.errors import SettingsError
-from jobdaemon.sandbox import files
+from jobdaemon.sandbox import dashscope, files
 from jobdaemon.sandbox.faults import SLOW_FACTOR, Fault
 from jobdaemon.sandbox.referee import Call, Referee
 from jobdaemon.sandbox.shop import Behaviour, Shop
@@ -39,7 +39,10 @@ _HOST = "127.0.0.1"
 #: Photos come in bodies too.
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 #: The APIs it speaks: each module's routes.
-_APIS: tuple[Callable[[Shop], list[web.RouteDef]], ...] = (files.routes,)
+_APIS: tuple[Callable[[Shop], list[web.RouteDef]], ...] = (
+    files.routes,
+    dashscope.routes,
+)
 #: A provider that is full names no time; a second is what most say.
 _RETRY_AFTER_FULL_S = 1
 
