@@ -208,7 +208,7 @@ def images_of(
         if url.startswith(("https://", "http://")) and len(url) <= _MAX_URL_CHARACTERS:
             yield ImageMade(index, url=url, url_expires_at=expires_at)
         elif code and kind_of(code, message, None) is Kind.PERMANENT:
-            yield ImageRefused(index, f"{NAME}: {_shown(f'{code}: {message}', secret)}")
+            yield ImageRefused(index, str(error_of(Kind.PERMANENT, NAME, _shown(f"{code}: {message}", secret))))
 
 
 def _entries(output: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
