@@ -5,6 +5,7 @@ DashScope's image API: tasks that are submitted, asked for, listed and cancelled
     POST /api/v1/services/aigc/image-generation/generation                 tasks of the newer ones, ``choices`` in the end
     POST /api/v1/services/aigc/multimodal-generation/generation            no task: the answer holds the ``choices``
     GET  /api/v1/tasks/<id>, GET /api/v1/tasks, POST /api/v1/tasks/<id>/cancel
+    GET  /api/v1/uploads                                                   see dashscope_uploads.py
 
 Each key is an account of its own: it sees its own tasks only. A task holds a slot of its key from the submit to its end, PENDING
 for the first third of the latency. Images are charged when they are made: not those that fail or are unsafe, but those of a task
@@ -31,6 +32,7 @@ from typing import Any
 from aiohttp import web
 from PIL import Image
 
+from jobdaemon.sandbox.dashscope_uploads import Uploads
 from jobdaemon.sandbox.faults import CALL_FAULTS, TASK_FAULTS, Fault
 from jobdaemon.sandbox.shop import Shop, prompt_digest
 
@@ -164,12 +166,15 @@ def routes(shop: Shop) -> list[web.RouteDef]:
         web.get("/api/v1/tasks/", api.answering(api.list_tasks)),
         web.get("/api/v1/tasks/{id}", api.answering(api.show)),
         web.post("/api/v1/tasks/{id}/cancel", api.answering(api.cancel)),
+        web.get("/api/v1/uploads", api.answering(api.policy)),
+        *api.uploads.routes(),
     ]
 
 
 class _Api:
     def __init__(self, shop: Shop) -> None:
         self._shop = shop
+        self.uploads = Uploads()
         self._tasks: dict[str, _Task] = {}
         self._calls_of_prompt: Counter[str] = Counter()
         self._numbers = itertools.count(1)
@@ -207,7 +212,7 @@ class _Api:
         """A new task."""
         if request.headers.get("X-DashScope-Async", "").lower() != "enable":
             raise ApiError(403, "AccessDenied", "current user api does not support synchronous calls.")
-        wish = await _read(request)
+        wish = await _read(request, self.uploads)
         fault, page = self._begin(key, wish, TASK_FAULTS)
         if page is not None:
             return page
@@ -219,7 +224,7 @@ class _Api:
         """Images at once."""
         if "X-DashScope-Async" in request.headers:
             raise ApiError(403, "AccessDenied", "current user api does not support asynchronous calls.")
-        wish = await _read(request)
+        wish = await _read(request, self.uploads)
         fault, page = self._begin(key, wish, frozenset({Fault.PARTIAL}))
         if page is not None:
             return page
@@ -276,6 +281,13 @@ class _Api:
             timer.cancel()
         self._end(task, "CANCELED")
         return {}
+
+    async def policy(self, request: web.Request, key: str, request_id: str) -> Mapping[str, Any]:
+        """How to upload a file."""
+        policy = self.uploads.policy(request, key, request_id)
+        if policy is None:
+            raise _wrong("action must be getPolicy, and model is required.")
+        return {"data": policy}
 
     # Tasks
 
@@ -435,7 +447,7 @@ def _moment(query: Mapping[str, str], name: str) -> float | None:
 # Requests
 
 
-async def _read(request: web.Request) -> _Wish:
+async def _read(request: web.Request, uploads: Uploads) -> _Wish:
     """
     Raises:
         ApiError: a field is wrong, as the API would tell it.
@@ -461,8 +473,10 @@ async def _read(request: web.Request) -> _Wish:
     prompt, photos = _messages(content) if group in _BOTH else _older_input(content, name)
     if not prompt.strip():
         raise _wrong("input.prompt can not be empty.")
+    # Without the header an uploaded file's name is a URL that nobody can open.
+    resolves = request.headers.get("X-DashScope-OssResourceResolve", "").lower() == "enable"
     for photo in photos:
-        _judge_photo(photo)
+        _judge_photo(photo, uploads if resolves else Uploads())
     count = parameters.get("n", model.images)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= model.max_images:
         raise _wrong(f"num_images_per_prompt must be 1 to {model.max_images}.")
@@ -499,10 +513,10 @@ def _messages(content: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
     return texts[0], [part["image"] for part in parts if "image" in part]
 
 
-def _judge_photo(photo: object) -> None:
+def _judge_photo(photo: object, uploads: Uploads) -> None:
     if not isinstance(photo, str) or not photo:
         raise _wrong("image must be a URL or base64.")
-    if photo.startswith(("https://", "http://", "oss://")):
+    if photo.startswith(("https://", "http://")) or uploads.has(photo):
         return  # who asks for it would find out; here nobody fetches
     encoded = _DATA_URL.fullmatch(photo)
     if encoded is None:

@@ -7,6 +7,7 @@ import base64
 import io
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -157,6 +158,27 @@ async def test_partial_and_failed_tasks(sandbox: Sandbox) -> None:
     forgotten = await sdk(ImageSynthesis.call, model="wan2.5-t2i-preview", prompt=PROMPT, n=1)
     assert forgotten.output.task_status == "UNKNOWN"
     assert sandbox.report()["apis"][API]["images_bought"] == 3
+
+
+async def test_local_files_are_uploaded_first(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The SDK's way with a file: a policy, a signed form, and a name that only calls which say so may use."""
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (400, 400), "red").save(path)
+    arguments = {"model": "wan2.5-i2i-preview", "prompt": PROMPT, "n": 1}
+    answer = await sdk(ImageSynthesis.call, images=[f"file://{path}"], **arguments)
+    assert (answer.status_code, answer.output.task_status) == (200, "SUCCEEDED")
+    unknown = await sdk(ImageSynthesis.async_call, images=["oss://dashscope-instant/x/photo.png"], **arguments)
+    assert (unknown.status_code, unknown.code) == (400, "InvalidURL")
+    async with aiohttp.ClientSession(sandbox.url) as session:
+        async with session.get("/api/v1/uploads", headers={"Authorization": f"Bearer {KEY}"}) as refused:
+            assert refused.status == 400
+        question = session.get("/api/v1/uploads?action=getPolicy&model=x", headers={"Authorization": f"Bearer {KEY}"})
+        async with question as answered:
+            policy = (await answered.json())["data"]
+        form = aiohttp.FormData({"policy": policy["policy"], "key": f"{policy['upload_dir']}/a.png", "Signature": "0" * 64})
+        form.add_field("file", b"x", filename="a.png")
+        async with session.post(policy["upload_host"], data=form) as forged:
+            assert forged.status == 403
 
 
 async def test_limits_are_throttling(sandbox: Sandbox) -> None:
