@@ -78,6 +78,8 @@ _MESSAGES: Sequence[tuple[str, str, Kind]] = (
 #: Task states after which nothing more comes.
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "UNKNOWN"})
 _REQUEST_ID = re.compile(r"[\w.:-]{1,80}")
+#: Some models' examples show links without TLS, which nobody fetches here; the object store serves both, and signs neither.
+_PLAIN_OSS = re.compile(r"\Ahttp://([\w.-]+\.aliyuncs\.com/)")
 _MAX_URL_CHARACTERS = 8_192
 _MAX_TASK_ID_CHARACTERS = 200
 
@@ -206,7 +208,7 @@ def images_of(
         code, message = _told(entry)
         url = _text(entry, "url")
         if url.startswith(("https://", "http://")) and len(url) <= _MAX_URL_CHARACTERS:
-            yield ImageMade(index, url=url, url_expires_at=expires_at)
+            yield ImageMade(index, url=_PLAIN_OSS.sub(r"https://\1", url), url_expires_at=expires_at)
         elif code and kind_of(code, message, None) is Kind.PERMANENT:
             yield ImageRefused(index, str(error_of(Kind.PERMANENT, NAME, _shown(f"{code}: {message}", secret))))
 
