@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from jobdaemon import schema_version
 from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
+from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
@@ -31,8 +32,10 @@ from jobdaemon.settings import Settings
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from pydantic import SecretStr
 
     from jobdaemon.http import GuardedClient
+    from jobdaemon.settings_generate import ProviderKeySettings
 
 
 #: Between two tries to start an embedded server that died.
@@ -93,6 +96,7 @@ def address(settings: Settings, url: str) -> DatabaseAddress:
     return DatabaseAddress(
         url,
         connect_timeout=settings.database.connect_timeout,
+        idle_in_transaction=settings.engine.lease,
         use_statement_cache=settings.database.statement_cache,
     )
 
@@ -104,6 +108,7 @@ def plans(settings: Settings) -> list[Plan]:
             name=name,
             images=plan.images,
             priority=plan.priority,
+            stage_priority=plan.stage_priority.named(),
             lift_after=plan.lift_after,
             expires_after=plan.expires_after,
             max_open_orders=plan.max_open_orders,
@@ -122,9 +127,18 @@ def queue_names(settings: Settings) -> list[str]:
     return sorted(known | {name for name in settings.queues if name != "generate"})
 
 
+def provider_keys(settings: Settings) -> list[ProviderKey]:
+    """The provider keys as rows, without their secrets."""
+    return [
+        ProviderKey(provider, key.alias, key.concurrency, key.rate, key.daily_budget)
+        for provider, keys in settings.provider_keys().items()
+        for key in keys
+    ]
+
+
 async def ensure_rows(store: PostgresJobStore, settings: Settings) -> None:
-    """Insert the plans and queues that are missing; an operator's rows stay as they are."""
-    await store.ensure_rows(queue_names(settings), plans(settings))
+    """Insert the plans, queues and provider keys that are missing; an operator's rows stay as they are."""
+    await store.ensure_rows(queue_names(settings), plans(settings), provider_keys(settings))
 
 
 def require_schema(applied: list[str]) -> None:
@@ -211,6 +225,10 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
     """
     providers: dict[str, Provider] = {"local": _local_provider(settings)}
     usable = settings.generate.usable()
+    if "openai_images" in usable:
+        providers["openai_images"] = _openai_images_provider(settings, services)
+    if "comfyui" in usable:
+        providers["comfyui"] = _comfyui_provider(settings, services)
     if "dashscope" in usable:
         providers["dashscope"] = _dashscope_provider(settings, services)
     return providers
@@ -235,6 +253,27 @@ def _local_provider(settings: Settings) -> Provider:
     )
 
 
+def _comfyui_provider(settings: Settings, services: GuardedClient) -> Provider:
+    from jobdaemon.providers.comfyui import ComfyUIProvider
+
+    return ComfyUIProvider(settings.generate.comfyui, client=services, max_image_bytes=settings.photos.result_max_bytes)
+
+
+def _secrets(single: SecretStr | None, keys: Iterable[ProviderKeySettings]) -> dict[str, str]:
+    """Alias -> key; a single one needs no alias."""
+    secrets = {"default": single} if single is not None else {key.alias: key.key for key in keys}
+    return {alias: secret.get_secret_value() for alias, secret in secrets.items() if secret is not None}
+
+
+def _openai_images_provider(settings: Settings, services: GuardedClient) -> Provider:
+    from jobdaemon.providers.openai_images import OpenAIImagesProvider
+
+    section = settings.generate.openai_images
+    return OpenAIImagesProvider(
+        section, keys=_secrets(section.api_key, section.keys), client=services, max_image_bytes=settings.photos.result_max_bytes
+    )
+
+
 def _dashscope_provider(settings: Settings, services: GuardedClient) -> Provider:
     from jobdaemon.providers.dashscope import DashScopeProvider
     from jobdaemon.providers.photo_links import InlineLinks
@@ -242,8 +281,7 @@ def _dashscope_provider(settings: Settings, services: GuardedClient) -> Provider
     section = settings.generate.dashscope
     if section.photo != "inline":
         raise SettingsError(f'generate.dashscope.photo: there is no {section.photo!r}; there is "inline"')
-    keys = {} if section.api_key is None else {"default": section.api_key.get_secret_value()}
-    return DashScopeProvider(section, keys=keys, client=services, links=InlineLinks())
+    return DashScopeProvider(section, keys=_secrets(section.api_key, section.keys), client=services, links=InlineLinks())
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,13 +295,16 @@ class Daemon:
 
 def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[str, QueueRules]:
     served = [BEAUTIFY_QUEUE, *(generate_queue(name) for name in providers), UPLOAD_QUEUE]
+    paid = {generate_queue(name) for name, provider in providers.items() if provider.is_paid}
+    aliases = {generate_queue(name): tuple(key.alias for key in keys) for name, keys in settings.provider_keys().items()}
     rules: dict[str, QueueRules] = {}
     for name in served:
         queue = settings.queue(name)
         policy = RetryPolicy(queue.attempts, queue.backoff, queue.backoff_cap, queue.jitter)
         if queue.team_size > 0:
             # An upload knows what it has stored only when it ends.
-            rules[name] = QueueRules(queue.team_size, AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE))
+            attempt = AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE, is_paid=name in paid)
+            rules[name] = QueueRules(queue.team_size, attempt, aliases.get(name))
     return rules
 
 
@@ -305,8 +346,13 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             require_schema=require_schema,
             ensure_rows=lambda: ensure_rows(store, settings),
             discard=lambda keys: _discard(artifacts, keys, events),
+            images_per_call=_images_per_call(settings, providers),
         )
         yield Daemon(supervisor, store, artifacts)
+
+
+def _images_per_call(settings: Settings, providers: Mapping[str, Provider]) -> Callable[[str], int]:
+    return lambda name: min(settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1)
 
 
 def open_http_client(settings: Settings) -> GuardedClient:
@@ -357,9 +403,7 @@ def build_stages(
             fetch=lambda url: fetch(url, photos.max_bytes),
             strength=settings.beautify.strength,
             max_photo_bytes=photos.max_bytes,
-            images_per_call=lambda name: min(
-                settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1
-            ),
+            images_per_call=_images_per_call(settings, providers),
         ),
         Task.GENERATE: GenerateStage(
             orders=orders, store=artifacts, providers=providers, max_photo_bytes=photos.result_max_bytes

@@ -43,11 +43,12 @@ _LOST: tuple[type[BaseException], ...] = (
 #: ValueError: a URL that asyncpg cannot read.
 _NOT_CONNECTED: tuple[type[BaseException], ...] = (*_LOST, asyncpg.PostgresError, ValueError)
 
-#: Whatever the server's or the role's defaults are. A claim under REPEATABLE READ would count running jobs in an old snapshot; a
-#: transaction left open by a bug of ours must not keep vacuum from the queue.
+#: Whatever the server's or the role's defaults are. A claim under REPEATABLE READ would count running jobs in an old snapshot;
+#: what a process has locked that stands still within a transaction must not hold up the others for longer than its lease.
 _PINNED = """
 SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED;
-SET idle_in_transaction_session_timeout = '60s';
+SET idle_in_transaction_session_timeout = {idle_ms};
+SET lock_timeout = {lock_ms};
 """
 
 
@@ -58,20 +59,27 @@ class DatabaseAddress:
         url: as libpq takes it; holds the password, so it is not shown.
         connect_timeout: for the handshake.
         command_timeout: for any statement of ours: none takes long, so a silence means a dead connection.
+        idle_in_transaction: after so long the server ends a session that says nothing within a transaction; the lease.
         use_statement_cache: off behind PgBouncer in transaction mode.
     """
 
     url: str
     connect_timeout: timedelta = timedelta(seconds=5)
     command_timeout: timedelta = timedelta(seconds=30)
+    idle_in_transaction: timedelta = timedelta(seconds=15)
     use_statement_cache: bool = True
 
     def __repr__(self) -> str:
         return "DatabaseAddress(…)"
 
 
-async def connect(address: DatabaseAddress, *, application_name: str = "jobdaemon") -> Connection:
+async def connect(
+    address: DatabaseAddress, *, application_name: str = "jobdaemon", lock_timeout: timedelta = timedelta(0)
+) -> Connection:
     """
+    Args:
+        lock_timeout: no statement waits longer for a lock; zero: as long as it may take.
+
     Raises:
         DatabaseUnavailableError: one sentence, without the password.
     """
@@ -83,10 +91,15 @@ async def connect(address: DatabaseAddress, *, application_name: str = "jobdaemo
             statement_cache_size=100 if address.use_statement_cache else 0,
             server_settings={"application_name": application_name},
         )
-        await connection.execute(_PINNED)
+        pinned = _PINNED.format(idle_ms=_milliseconds(address.idle_in_transaction), lock_ms=_milliseconds(lock_timeout))
+        await connection.execute(pinned)
         return connection
     except _NOT_CONNECTED as error:
         raise DatabaseUnavailableError(unavailable(error)) from error
+
+
+def _milliseconds(time: timedelta) -> int:
+    return round(time.total_seconds() * 1000)
 
 
 def unavailable(error: BaseException) -> str:
@@ -112,15 +125,18 @@ class Session:
         *,
         name: str,
         on_connect: Callable[[Connection], Awaitable[None]] | None = None,
+        lock_timeout: timedelta = timedelta(0),
     ) -> None:
         """
         Args:
             name: shown in ``pg_stat_activity``.
+            lock_timeout: see :func:`connect`.
             on_connect: run on each new connection before anybody else uses it.
         """
         self._address = address
         self._name = name
         self._on_connect = on_connect
+        self._lock_timeout = lock_timeout
         self._connection: Connection | None = None
         self._busy = asyncio.Lock()
 
@@ -149,7 +165,7 @@ class Session:
         if self._connection is not None and not self._connection.is_closed():
             return self._connection
         self._drop()
-        connection = await connect(self._address, application_name=f"jobdaemon {self._name}")
+        connection = await connect(self._address, application_name=f"jobdaemon {self._name}", lock_timeout=self._lock_timeout)
         try:
             if self._on_connect is not None:
                 await self._on_connect(connection)

@@ -84,6 +84,16 @@ class JobFinished(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class JobIsolated(Event):
+    """A job in whose company *deaths* workers died runs alone here, as soon as nothing else runs."""
+
+    job_id: int
+    queue: str
+    deaths: int
+    order_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointCommitted(Event):
     """A running attempt noted *what* it must not do twice (a provider's task, an image that arrived)."""
 
@@ -102,11 +112,59 @@ class LeaseLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseInDoubt(Event):
+    """No heartbeat got through for three quarters of the lease, though Postgres is there: *aborted* paid calls were stopped."""
+
+    reason: str
+    aborted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class JobsRescued(Event):
     """*count* jobs were taken from *daemon_id*, whose heartbeat had stopped."""
 
     count: int
     daemon_id: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitTurned(Event):
+    """
+    The circuit of a queue turned, over all daemons: *open* for *seconds*, *in_a_row* times by now, because of *reason*; *probing*
+    with one job of this daemon; *closed*, since one succeeded.
+    """
+
+    queue: str
+    circuit: Literal["open", "probing", "closed"]
+    seconds: float | None = None
+    in_a_row: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitAdapted(Event):
+    """The adaptive limit of a queue went from *was* to *limit*; None: there was, or is, none."""
+
+    queue: str
+    was: int | None
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRests(Event):
+    """Nothing of a queue starts for *seconds*: its provider refused though nothing else ran, or asked for it."""
+
+    queue: str
+    seconds: float
+    in_a_row: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OrdersLifted(Event):
+    """*count* orders had waited longer than their plan's ``lift_after``."""
+
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +174,15 @@ class OrderSettled(Event):
     order_id: int
     status: str
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OrderMended(Event):
+    """Somebody else had ended or deleted jobs of an open order: so many were made again, so many images (or the order) failed."""
+
+    order_id: int
+    jobs: int = 0
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +215,16 @@ class CommitFailed(Event):
     jobs: int = 1
     job_id: int | None = None
     is_dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRested(Event):
+    """A provider refused the key *alias*, or its account is out of money: nothing starts under it for *seconds*."""
+
+    provider: str
+    alias: str
+    seconds: float
+    reason: str
 
 
 E = TypeVar("E", bound=Event)

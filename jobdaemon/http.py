@@ -119,7 +119,7 @@ class Answer:
         """
         try:
             return json.loads(self.content)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             kind = self.headers.get("content-type", "").partition(";")[0][:40] or "unknown type"
             raise ProviderUnavailableError(
                 f"{self.shown} answered {self.status} with something that is no JSON ({kind})."
@@ -226,6 +226,8 @@ class GuardedClient:
             files=list(files or ()) or None,
         )
         form.extensions = {"timeout": self._timeout.as_dict() | {"read": timeout.total_seconds()}}
+        assert isinstance(form.stream, httpx.AsyncByteStream)
+        form.stream = sent = _SentBody(form.stream)
         try:
             async with asyncio.timeout(timeout.total_seconds()):
                 response = await self.transport.handle_async_request(form)
@@ -233,12 +235,11 @@ class GuardedClient:
                     body = await _body(response, max_bytes, shown)
                 finally:
                     await response.aclose()
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as exc:
-            raise ProviderUnavailableError(f"{shown} could not be reached ({type(exc).__name__}).") from exc
-        except TimeoutError as exc:
-            raise AnswerLostError(f"{shown} did not answer within {timeout.total_seconds():g} s.") from exc
-        except httpx.HTTPError as exc:
-            raise AnswerLostError(f"{shown} broke off its answer ({type(exc).__name__}).") from exc
+        except (TimeoutError, httpx.HTTPError) as exc:
+            within = f"within {timeout.total_seconds():g} s" if isinstance(exc, TimeoutError) else f"({type(exc).__name__})"
+            if not sent.is_whole:
+                raise ProviderUnavailableError(f"{shown} could not be reached {within}.") from exc
+            raise AnswerLostError(f"{shown} gave no whole answer {within}.") from exc
         return Answer(response.status_code, response.headers, body, shown)
 
     async def close(self) -> None:
@@ -519,6 +520,19 @@ class _Transport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._pool.aclose()
+
+
+class _SentBody(httpx.AsyncByteStream):
+    """A request's body that tells whether all of it was handed over: half a request is one that nobody carries out."""
+
+    def __init__(self, inner: httpx.AsyncByteStream) -> None:
+        self._inner = inner
+        self.is_whole = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._inner:
+            yield part
+        self.is_whole = True
 
 
 class _Stream(httpx.AsyncByteStream):

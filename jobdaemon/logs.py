@@ -17,6 +17,7 @@ import structlog
 
 from jobdaemon.events import (
     CheckpointCommitted,
+    CircuitTurned,
     CommitFailed,
     DaemonReady,
     DaemonStarted,
@@ -27,10 +28,17 @@ from jobdaemon.events import (
     Event,
     Events,
     JobFinished,
+    JobIsolated,
     JobsRescued,
     JobStarted,
+    KeyRested,
+    LeaseInDoubt,
     LeaseLost,
+    LimitAdapted,
+    OrderMended,
     OrderSettled,
+    OrdersLifted,
+    QueueRests,
     SettingsReloaded,
     UpkeepFailed,
 )
@@ -48,14 +56,22 @@ _LINES: Mapping[type[Event], tuple[Level, str]] = {
     SettingsReloaded: ("info", "settings reloaded"),
     JobStarted: ("debug", "job started"),
     JobFinished: ("info", "job finished"),
+    JobIsolated: ("warning", "job runs alone"),
     CheckpointCommitted: ("debug", "checkpoint committed"),
     LeaseLost: ("warning", "lease lost"),
+    LeaseInDoubt: ("warning", "lease in doubt"),
     JobsRescued: ("warning", "jobs rescued"),
+    CircuitTurned: ("info", "circuit turned"),
+    LimitAdapted: ("info", "limit adapted"),
+    QueueRests: ("info", "queue rests"),
+    OrdersLifted: ("info", "orders lifted"),
+    OrderMended: ("warning", "order mended"),
     OrderSettled: ("info", "order settled"),
     DatabaseLost: ("error", "database lost"),
     DatabaseBack: ("info", "database back"),
     UpkeepFailed: ("warning", "upkeep failed"),
     CommitFailed: ("warning", "commit failed"),
+    KeyRested: ("warning", "key rests"),
 }
 _NAME = "jobdaemon"
 #: These libraries tell each request, or more, at levels that are ours for what an operator must see.
@@ -69,6 +85,12 @@ def level_of(event: Event) -> Level:
     match event:
         case JobFinished(outcome="failed") | CommitFailed(is_dropped=True):
             return "error"
+        case CircuitTurned(circuit="open", in_a_row=1):
+            return "warning"
+        case LimitAdapted(was=int(), limit=int()):
+            return "debug"
+        case QueueRests(in_a_row=count) if count > 1:
+            return "debug"
         case JobFinished(outcome="retry") | OrderSettled(status="failed" | "partial"):
             return "warning"
         case SettingsReloaded(error=str()):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from jobdaemon import schema_version
@@ -111,8 +111,13 @@ async def running_daemon(
     engine: EngineRules = QUICK,
     rules: AttemptRules = RULES,
     team_size: int = 2,
+    paid: Collection[str] = (),
+    keys: tuple[str, ...] | None = None,
 ) -> AsyncIterator[RunningDaemon]:
-    """Run a daemon that serves every queue of the tests' plans; stop it in order at the end."""
+    """
+    Run a daemon that serves every queue of the tests' plans, some of them *paid*, with *keys* for its provider; stop it in
+    order at the end.
+    """
     events = Events()
     seen: list[Event] = []
     events.subscribe(seen.append)
@@ -124,7 +129,10 @@ async def running_daemon(
     supervisor = Supervisor(
         store=store,
         stages=stages.table(),
-        queues={name: QueueRules(team_size, rules) for name in QUEUES},
+        queues={
+            name: QueueRules(team_size, replace(rules, is_paid=name in paid), keys if name.startswith("generate.") else None)
+            for name in QUEUES
+        },
         engine=engine,
         events=events,
         version="test",

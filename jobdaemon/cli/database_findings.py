@@ -33,9 +33,11 @@ OUR_INDEXES = (
     "jobs_ready_idx",
     "jobs_customer_idx",
     "jobs_running_idx",
+    "jobs_bought_idx",
     "jobs_scheduled_idx",
     "jobs_failed_idx",
     "jobs_order_idx",
+    "jobs_stopped_idx",
 )
 
 _TRIGGERS = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'jobdaemon.procrastinate_jobs'::regclass AND NOT tgisinternal"

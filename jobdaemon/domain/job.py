@@ -11,8 +11,11 @@ from typing import Any
 #: Sorts after every order.
 _NO_ORDER = 2**63
 
+#: A job whose workers died so often is a suspect: it runs alone.
+SUSPECT_AFTER = 2
 BEAUTIFY_QUEUE = "beautify"
 UPLOAD_QUEUE = "upload"
+_GENERATE = "generate."
 
 
 class JobStatus(StrEnum):
@@ -37,7 +40,12 @@ class Task(StrEnum):
 
 def generate_queue(provider: str) -> str:
     """The queue of one provider's calls."""
-    return f"generate.{provider}"
+    return f"{_GENERATE}{provider}"
+
+
+def provider_of(queue: str) -> str:
+    """The provider whose calls this queue holds; the inverse of :func:`generate_queue`."""
+    return queue.removeprefix(_GENERATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ class NewJob:
     A job to insert.
 
     Attributes:
-        priority: higher goes first.
+        priority: higher goes first. A job for an order gets that order's priority in its stage instead, when it is inserted.
         args: JSON object.
         delay: not before this long from now, by the database's clock.
     """
@@ -67,6 +75,7 @@ class Job:
         attempts: finished attempts; 0 during the first.
         deaths: workers that died while it ran.
         token: fences whatever this attempt wants to write; the same for all jobs of one claim call.
+        key_alias: the provider key that this attempt has to use; None where the provider knows no keys.
     """
 
     id: int
@@ -77,11 +86,17 @@ class Job:
     attempts: int = 0
     deaths: int = 0
     token: int | None = None
+    key_alias: str | None = None
 
     @property
     def attempt(self) -> int:
         """The running attempt, counted from 1."""
         return self.attempts + 1
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether so many workers died while it ran that it has to run alone."""
+        return self.deaths >= SUSPECT_AFTER
 
     @property
     def order_id(self) -> int | None:

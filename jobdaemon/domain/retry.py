@@ -12,6 +12,7 @@ from jobdaemon.domain.write import Write
 from jobdaemon.errors import (
     DatabaseUnavailableError,
     JobdaemonError,
+    KeyRefusedError,
     PermanentError,
     ProviderUnavailableError,
     RateLimitedError,
@@ -19,9 +20,16 @@ from jobdaemon.errors import (
     StoreUnavailableError,
 )
 
-#: A worker that dies takes its jobs along, guilty or not: rests grow so that a poison job cannot keep a machine
-#: down, and only this many deaths make a dead letter.
+#: A worker that dies takes its jobs along, guilty or not: rests grow so that a poison job cannot keep a machine down, and only
+#: this many deaths make a dead letter. After SUSPECT_AFTER of them the job runs alone, so the others are its own ...
 MAX_DEATHS = 10
+#: ... unless workers die anyway. So many signs of that within the window, and a death proves nothing: a worker that died in which
+#: no suspect ran alone (two of them may be this job's own, from the time before it was one), or another suspect that died alone,
+#: however often. Where every job kills, the jobs are not to blame.
+STORM_DEATHS = 3
+STORM_WINDOW = timedelta(hours=1)
+#: What ``attempts`` calls the death of a worker in which a suspect ran alone, and any other.
+DIED_ALONE, DIED = "DiedAlone", "WorkerDied"
 _DEATH_REST = timedelta(seconds=1)
 _DEATH_REST_CAP = timedelta(minutes=5)
 #: A capacity signal that names no time.
@@ -74,29 +82,40 @@ def after_error(
         return Transition(
             job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=Signal.CAPACITY, retry_after=error.retry_after
         )
+    if isinstance(error, KeyRefusedError) and job.key_alias is not None:
+        # The key rests, not the job: another one may take it. Not at once, since the rest may not have been noted.
+        delay = _DEFAULT_SNOOZE * (1 + policy.jitter * jitter)
+        signal = Signal.MONEY if error.is_out_of_money else Signal.KEY
+        return Transition(
+            job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=signal, retry_after=error.retry_after
+        )
     if isinstance(error, DatabaseUnavailableError):
         # No fault of the job, and an outage may outlast all its attempts.
         return Transition(job, End.SNOOZE, delay=_DEFAULT_SNOOZE, error_kind=kind, error=reason)
-    signal = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
+    outage = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
     if isinstance(error, PermanentError) or job.attempt >= policy.attempts:
-        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason, signal=signal)
+        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason, signal=outage)
     delay = backoff_after(job.attempt, policy, jitter)
     if isinstance(error, RetryableError) and error.retry_after is not None:
         delay = max(delay, error.retry_after)
-    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason, signal=signal)
+    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason, signal=outage)
 
 
-def after_death(job: Job, *, dead: Callable[[str], tuple[Write, ...]]) -> Transition:
+def after_death(job: Job, *, ran_alone: bool, other_deaths: int, dead: Callable[[str], tuple[Write, ...]]) -> Transition:
     """
     The transition of a job whose worker died while it ran: costs no attempt, since most jobs that die are innocent.
 
     Args:
+        ran_alone: the worker ran nothing else when it died.
+        other_deaths: signs, within STORM_WINDOW and without this worker, that workers die anyway.
         dead: what to write when the job is given up on, from the reason.
     """
     deaths = job.deaths + 1
-    if deaths >= MAX_DEATHS:
+    is_its_own = job.is_suspect and ran_alone
+    kind = DIED_ALONE if is_its_own else DIED
+    if deaths >= MAX_DEATHS and is_its_own and other_deaths < STORM_DEATHS:
         reason = f"{deaths} workers died while this job ran"
-        return Transition(job, End.FAILED, writes=dead(reason), error_kind="WorkerDied", error=reason, frees_elsewhere=True)
-    rest = None if deaths == 1 else min(_DEATH_REST * 2.0 ** (deaths - 2), _DEATH_REST_CAP)
-    reason = "the worker died while this job ran"
-    return Transition(job, End.INTERRUPTED, delay=rest, error_kind="WorkerDied", error=reason, frees_elsewhere=True)
+        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason, frees_elsewhere=True)
+    rest = None if deaths == 1 else min(_DEATH_REST * 2.0 ** min(deaths - 2, 32), _DEATH_REST_CAP)
+    reason = "the worker died while this job ran" + " alone" * is_its_own
+    return Transition(job, End.INTERRUPTED, delay=rest, error_kind=kind, error=reason, frees_elsewhere=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -21,6 +22,7 @@ from jobdaemon.errors import LeaseLostError, PermanentError, RetryableError
 from jobdaemon.events import CheckpointCommitted, Events, JobFinished, JobStarted, LeaseLost, Outcome
 from jobdaemon.ports import Stage
 from jobdaemon.queue.committer import Committer
+from jobdaemon.queue.solitude import NotNowError, Solitude
 
 _OUTCOMES: Mapping[End, Outcome] = {
     End.SUCCEEDED: "succeeded",
@@ -39,11 +41,13 @@ class AttemptRules:
     Attributes:
         is_abortable: whether an attempt is stopped in the middle when its order is cancelled; one that is not runs out, so that
             it can tidy up what it made.
+        is_paid: whether its calls cost money: it is stopped when this daemon cannot be sure of its lease.
     """
 
     run_timeout: timedelta
     retry: RetryPolicy
     is_abortable: bool = True
+    is_paid: bool = False
 
 
 class RunningAttempt:
@@ -77,16 +81,22 @@ class AttemptRunner:
         events: Events,
         *,
         discard: Callable[[tuple[str, ...]], Awaitable[None]],
+        is_sure: Callable[[], bool] = lambda: True,
+        solitude: Solitude | None = None,
     ) -> None:
         """
         Args:
             stages: task name -> stage; a job of an unknown task is a dead letter, not a crash.
             discard: deletes artifacts that nobody needs any more; must not raise.
+            is_sure: whether the lease of what this daemon runs holds beyond doubt.
+            solitude: lets a suspect run alone; shared with whoever claims.
         """
         self._stages = stages
         self._committer = committer
         self._events = events
         self._discard = discard
+        self._is_sure = is_sure
+        self._solitude = Solitude(events) if solitude is None else solitude
 
     async def run(self, job: Job, rules: AttemptRules) -> None:
         """
@@ -94,21 +104,27 @@ class AttemptRunner:
 
         A cancellation while the stage runs hands the job back unspent; one while the end is being committed is obeyed after it.
         """
+        with ExitStack() as company:
+            await self._run(job, rules, company)
+
+    async def _run(self, job: Job, rules: AttemptRules, company: ExitStack) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         self._events.emit(JobStarted(job_id=job.id, queue=job.queue, task=job.task, attempt=job.attempt, order_id=job.order_id))
         done = Done()
         try:
+            await self._solitude.join(job)
+            company.callback(self._solitude.leave, job)
             done = await self._run_stage(job, rules)
             transition = Transition(job, End.SUCCEEDED, writes=done.writes)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                transition = Transition(job, End.HANDED_BACK, error="the daemon stopped")
+                transition = Transition(job, End.HANDED_BACK, error=str(next(iter(error.args), "the daemon stopped")))
             else:
                 # Nobody cancelled this attempt: something inside the stage did. Handed back, it would run for ever.
                 transition = _after_error(job, RetryableError("the stage cancelled itself"), rules)
-        except LeaseLostError as error:
+        except (LeaseLostError, NotNowError) as error:
             # The end is committed all the same: the fence drops what is lost, and ends the job of a cancelled order.
             transition = Transition(job, End.HANDED_BACK, error=str(error))
         except Exception as error:  # noqa: BLE001 - whatever a stage raises ends its own attempt and nothing else
@@ -132,6 +148,9 @@ class AttemptRunner:
         stage = self._stages.get(job.task)
         if stage is None:
             raise PermanentError(f"no stage knows the task {job.task}")
+        if rules.is_paid and not self._is_sure():
+            # The process stood still while the claim's answer was on its way.
+            raise LeaseLostError("the lease may have lapsed before the attempt began")
         limit = asyncio.timeout(rules.run_timeout.total_seconds())
         try:
             async with limit:

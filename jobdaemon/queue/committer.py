@@ -97,6 +97,8 @@ class Committer:
                 rest_s = min(rest_s * 2, _LONGEST_REST_S)
                 continue
             self._announce(committed.changes)
+            for event in committed.news:
+                self._events.emit(event)
             return committed.verdicts
 
     async def _give_up_on(self, transition: Transition, future: asyncio.Future[Verdict], error: Exception) -> None:

@@ -46,6 +46,7 @@ class Ruling:
     seconds: float = 0.0
     error_kind: str | None = None
     error: str | None = None
+    ran_by: int | None = None
 
 
 _STATUS = {
@@ -102,4 +103,5 @@ def _end(transition: Transition, status: JobStatus, verdict: Verdict, outcome: s
         seconds=transition.seconds,
         error_kind=transition.error_kind,
         error=transition.error,
+        ran_by=transition.ran_by,
     )

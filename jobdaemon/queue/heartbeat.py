@@ -1,9 +1,9 @@
 """
 The heartbeat: renews the lease of everything this daemon runs, and knows how far it can be trusted.
 
-Two clocks: the database's decides whether a lease holds, this process's own monotonic clock decides whether beats were missed
-because the process itself stood still (then its paid calls are aborted) or because the database was away (then they go on: no
-one else can have claimed the work).
+Two clocks: the database's decides whether a lease holds, this process's own monotonic clock how long no beat got through. After
+three quarters of the lease this daemon stalls, and its paid calls are aborted: it stood still, or the database answers others.
+While the database itself is away nothing is aborted: nobody else can have claimed the work.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from jobdaemon.queue.store import PostgresJobStore
 _REST_WHILE_LOST_S = 0.5
 #: The share of the lease for which a beat is trusted; the rest is for what is done on its strength.
 _TRUSTED = 0.75
+#: A timer that rings later than this share of the lease says that the process stood still, not that the loop was busy.
+_LATE = 0.05
+#: No beat is given up sooner than after this share of the lease.
+_LEAST_PATIENCE = 1 / 15
+_STOOD_STILL = "this process stood still for most of its lease"
+_NOT_THROUGH = "the database answers, but no heartbeat got through for most of the lease"
 
 
 class Heartbeat:
@@ -33,13 +39,14 @@ class Heartbeat:
         lease: timedelta,
         register: Callable[[], Awaitable[int]],
         on_first_beat: Callable[[], None],
-        on_stall: Callable[[], None],
+        on_stall: Callable[[str], None],
     ) -> None:
         """
         Args:
             register: announces this daemon anew; returns its id.
             on_first_beat: called once, when this daemon lives and listens.
-            on_stall: called when this process itself stood still for three quarters of the lease.
+            on_stall: called with the reason, once per stall: no beat got through for three quarters of the lease, though the
+                database is there. After a standstill it is called before any task of this process goes on.
         """
         self._store = store
         self._events = events
@@ -55,6 +62,13 @@ class Heartbeat:
         self._leased_at: float | None = None
         self._beaten = asyncio.Event()
         self._lost_at: float | None = None
+        #: When the last beat stops being trusted, and the timer that rings then.
+        self._trusted_until = 0.0
+        self._watch: asyncio.TimerHandle | None = None
+        self._is_beating = False
+        self._has_stalled = False
+        #: After how many failed beats in a row the database answered all the same.
+        self._answers = 0
         self.daemon_id: int | None = None
         self.last_turn_s = 0.0
 
@@ -77,44 +91,66 @@ class Heartbeat:
         A job claimed under a lapsed lease is another daemon's at once, while it runs here too. That is what a process that stood
         still would do when it goes on, since what woke it waits in its sockets, and so would one whose beats do not get through.
         """
-        loop = asyncio.get_running_loop()
-        while self._leased_at is None or loop.time() - self._leased_at > _TRUSTED * self._lease_s:
+        while not self.is_sure():
             self._beaten.clear()
             self._now.set()
             await self._beaten.wait()
 
+    def is_sure(self) -> bool:
+        """Whether the last beat is so recent that nobody else can have what this daemon runs."""
+        return self._leased_at is not None and asyncio.get_running_loop().time() <= self._trusted_until
+
     async def run(self) -> None:
         """Beat until cancelled."""
-        while True:
-            await self._beat()
-            rest_s = self._interval_s if self._lost_at is None else min(_REST_WHILE_LOST_S, self._interval_s)
-            try:
-                async with asyncio.timeout(rest_s):
-                    await self._now.wait()
-            except TimeoutError:
-                pass
-            self._now.clear()
+        try:
+            while True:
+                await self._beat()
+                rest_s = self._interval_s if self._lost_at is None else min(_REST_WHILE_LOST_S, self._interval_s)
+                try:
+                    async with asyncio.timeout(rest_s):
+                        await self._now.wait()
+                except TimeoutError:
+                    pass
+                self._now.clear()
+        finally:
+            if self._watch is not None:
+                self._watch.cancel()
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         self.last_turn_s = began = loop.time()
-        if self._lost_at is None and self._last_beat is not None and began - self._last_beat > _TRUSTED * self._lease_s:
-            self._steady_since = None
-            self._on_stall()
+        self._is_beating = True
         try:
-            await self._beat_once()
+            await self._beat_once(self._patience(began))
         except DatabaseUnavailableError as error:
             self._steady_since = None
             if self._lost_at is None:
                 self._lost_at = loop.time()
                 self._events.emit(DatabaseLost(error=str(error)))
+            self._failed(is_answering=await self._store.answers(timeout=self._patience(loop.time())))
             return
         except Exception as error:  # noqa: BLE001 - the heart goes on
             self._steady_since = None
             self._events.emit(UpkeepFailed(error=f"heartbeat: {type(error).__name__}: {error}"))
+            self._failed(is_answering=True)
             return
+        finally:
+            self._is_beating = False
+        if loop.time() - began > _TRUSTED * self._lease_s:
+            # The process stood still before it read the answer: how old the beat is nobody knows.
+            self._now.set()
+            return
+        self._succeeded(began)
+
+    def _succeeded(self, began: float) -> None:
+        loop = asyncio.get_running_loop()
         now = loop.time()
         self._leased_at = began
+        self._trusted_until = began + _TRUSTED * self._lease_s
+        self._answers, self._has_stalled = 0, False
+        if self._watch is not None:
+            self._watch.cancel()
+        self._watch = loop.call_at(self._trusted_until, self._ring)
         self._beaten.set()
         if self._lost_at is not None:
             self._events.emit(DatabaseBack(seconds=now - self._lost_at))
@@ -125,8 +161,39 @@ class Heartbeat:
         if is_first:
             self._on_first_beat()
 
-    async def _beat_once(self) -> None:
-        timeout = timedelta(seconds=min(self._interval_s, self._lease_s / 3))
+    def _failed(self, *, is_answering: bool) -> None:
+        # The database may have come back after this beat failed: one that was sent after an answer has to fail, too.
+        self._answers = self._answers + 1 if is_answering else 0
+        if self._answers > 1 and not self.is_sure():
+            self._stall(_NOT_THROUGH)
+
+    def _ring(self) -> None:
+        """
+        The last beat is not to be trusted any more.
+
+        A timer, since the event loop calls it before any task goes on that waited while the process stood still.
+        """
+        if self._answers > 1:
+            self._stall(_NOT_THROUGH)
+        is_late = asyncio.get_running_loop().time() - self._trusted_until > _LATE * self._lease_s
+        if self._lost_at is None and (is_late or not self._is_beating):
+            self._stall(_STOOD_STILL)
+
+    def _stall(self, reason: str) -> None:
+        self._steady_since = None
+        if not self._has_stalled:
+            self._has_stalled = True
+            self._on_stall(reason)
+
+    def _patience(self, now: float) -> timedelta:
+        """How long to wait for an answer: where beats fail, that is to be known when the last one is not trusted any more."""
+        patience_s = min(self._interval_s, self._lease_s / 3)
+        left_s = self._trusted_until - now
+        if left_s > 0:
+            patience_s = min(patience_s, max(left_s, _LEAST_PATIENCE * self._lease_s))
+        return timedelta(seconds=patience_s)
+
+    async def _beat_once(self, timeout: timedelta) -> None:  # noqa: ASYNC109 - the statement's
         if self.daemon_id is None or not await self._store.heartbeat(self.daemon_id, timeout=timeout):
             self.daemon_id = await self._register()
             self._steady_since = None

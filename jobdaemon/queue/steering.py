@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from jobdaemon import db
 from jobdaemon.domain.capacity import Circuit, CircuitRules, Ends, QueueState, Scene, is_calm, steer
 from jobdaemon.domain.outcome import End, Signal, Transition
+from jobdaemon.events import CircuitTurned, Event, LimitAdapted, QueueRests
 from jobdaemon.queue import sql
 
 _CAPACITY = sql.load("capacity.sql")
@@ -35,6 +36,8 @@ class _Tally:
     outages: list[int] = field(default_factory=list)
     others: int = 0
     retry_after: list[Any] = field(default_factory=list)
+    reason: str | None = None
+    keys_rest: bool = False
 
 
 class Steering:
@@ -50,12 +53,15 @@ class Steering:
         self._watched = (self._watched - set(among)) | set(queues)
         self._unreported = {name: tokens for name, tokens in self._unreported.items() if name in self._watched}
 
-    async def apply(self, connection: db.Connection, ended: Iterable[Transition]) -> None:
+    async def apply(self, connection: db.Connection, ended: Iterable[Transition]) -> list[Event]:
         """
         Decide about the queues of these attempts, whose ends have just been written in the open transaction.
 
         Args:
             ended: transitions that the fence accepted as their attempt's end.
+
+        Returns:
+            What to tell once that transaction is committed.
         """
         tallies = self._tally(ended)
         now_s = time.monotonic()
@@ -65,11 +71,12 @@ class Steering:
             if name in self._watched or tally.refused or tally.outages:
                 self._unreported.setdefault(name, []).extend(tally.succeeded)
         if not troubled and not due:
-            return
+            return []
         records = await connection.fetch(_CAPACITY["lock_steering"], [*{*troubled, *due}], troubled)
         if not records:
-            return
-        documents = []
+            return []
+        documents: list[dict[str, Any]] = []
+        news: list[Event] = []
         for record in records:
             name = record["queue"]
             tally = tallies[name]
@@ -79,11 +86,16 @@ class Steering:
                 outages=tuple(tally.outages),
                 others=tally.others,
                 retry_after=max(tally.retry_after, default=None),
+                keys_rest=tally.keys_rest,
             )
             scene = _scene(record)
-            documents.append(_document(name, steer(_state(record), ends, scene), scene.now))
+            before = _state(record)
+            after = steer(before, ends, scene)
+            documents.append(_document(name, after, scene.now))
+            news += _news(name, before, after, scene.now, tally.reason)
             self._reported_s[name] = now_s
         await connection.execute(_CAPACITY["save_steering"], json.dumps(documents))
+        return news
 
     @staticmethod
     def _tally(ended: Iterable[Transition]) -> dict[str, _Tally]:
@@ -91,17 +103,35 @@ class Steering:
         for transition in ended:
             tally = tallies.setdefault(transition.job.queue, _Tally())
             token = transition.job.token or 0
+            if transition.signal is not None:
+                tally.reason = transition.error
             if transition.signal is Signal.CAPACITY:
                 tally.refused.append(token)
-                if transition.retry_after is not None:
+                if transition.retry_after is not None and transition.job.key_alias is not None:
+                    tally.keys_rest = True
+                elif transition.retry_after is not None:
                     tally.retry_after.append(transition.retry_after)
                 continue
+            if transition.signal in (Signal.KEY, Signal.MONEY):
+                continue  # says nothing of what the queue bears
             tally.others += 1
             if transition.signal is Signal.OUTAGE:
                 tally.outages.append(token)
             elif transition.end is End.SUCCEEDED:
                 tally.succeeded.append(token)
         return tallies
+
+
+def _news(queue: str, before: QueueState, after: QueueState, now: datetime, reason: str | None) -> Iterator[Event]:
+    if after.limit != before.limit:
+        yield LimitAdapted(queue, before.limit, after.limit)
+    until = after.rested_until
+    if until is not None and until > now and (before.rested_until is None or before.rested_until <= now):
+        yield QueueRests(queue, (until - now).total_seconds(), max(after.rests, 1), reason)
+    if after.circuit is Circuit.OPEN and after.circuit_until is not None and after.circuit_until != before.circuit_until:
+        yield CircuitTurned(queue, "open", (after.circuit_until - now).total_seconds(), after.opened, reason)
+    if after.circuit is Circuit.CLOSED and before.circuit is not Circuit.CLOSED:
+        yield CircuitTurned(queue, "closed")
 
 
 def _state(record: Any) -> QueueState:

@@ -8,9 +8,10 @@ proves that the listening connection is alive, and nothing slow can hold a heart
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -19,12 +20,17 @@ import asyncpg
 from jobdaemon import db
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import Job, JobStatus
+from jobdaemon.domain.keys import ProviderKey
+from jobdaemon.domain.mending import OrderImage, OrderJob, StrayOrder, mend
 from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
+from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
 from jobdaemon.domain.write import OrderFailed
-from jobdaemon.errors import LeaseLostError
+from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
+from jobdaemon.events import Event
 from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, sql, writes
+from jobdaemon.queue.key_rests import rest_keys
 from jobdaemon.queue.steering import Steering
 
 #: A job became ready in the queue that is the payload; one will be due later; an operator changed the queue.
@@ -33,10 +39,14 @@ READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL = "jobdaemon_jobs", "jobdaemon
 ABORT_CHANNEL = "jobdaemon_abort"
 CHANNELS = (READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL, ABORT_CHANNEL)
 
+#: A queue whose lock somebody holds for longer has to wait: the other queues of this daemon claim over the same connection.
+_CLAIM_PATIENCE = timedelta(seconds=1)
+
 _FINAL = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.ABORTED}
 
 _JOBS = sql.load("jobs.sql")
 _ORDERS = sql.load("orders.sql")
+_RECONCILE = sql.load("reconcile.sql")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +98,43 @@ class OrderChange:
 
 
 @dataclass(frozen=True, slots=True)
+class Mended:
+    """An open order that was out of line with its jobs: so many *jobs* were made again, so many *failures* written."""
+
+    order_id: int
+    jobs: int
+    failures: int
+    ended_as: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """
+    What a claim under provider keys brought.
+
+    Attributes:
+        jobs: highest priority first, then oldest.
+        opens_in: when to look again, if the keys hold ready jobs back until then.
+    """
+
+    jobs: list[Job]
+    opens_in: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
-    """What the database made of a group of transitions: one verdict each, in order, and the orders that moved."""
+    """What the database made of a group of transitions: one verdict each, in order, the orders that moved, and what to tell."""
 
     verdicts: list[Verdict]
     changes: list[OrderChange]
+    news: list[Event] = field(default_factory=list)
 
 
 class PostgresJobStore:
     """Claims, commits, beats and reads. Every method raises DatabaseUnavailableError when the connection is lost."""
 
     def __init__(self, address: db.DatabaseAddress) -> None:
-        self._claims = db.Session(address, name="claim")
+        self._claims = db.Session(address, name="claim", lock_timeout=_CLAIM_PATIENCE)
         self._finishes = db.Session(address, name="finish")
         self._upkeep = db.Session(address, name="upkeep")
         self._reads = db.Session(address, name="read")
@@ -107,6 +142,7 @@ class PostgresJobStore:
         self._steering = Steering()
         self._on_notify: Callable[[str, str], None] | None = None
         self._on_silence: Callable[[], None] | None = None
+        self._on_probe: Callable[[str], None] | None = None
 
     async def close(self) -> None:
         """Close all connections."""
@@ -116,7 +152,12 @@ class PostgresJobStore:
 
     # Listening
 
-    def listen(self, on_notify: Callable[[str, str], None], on_silence: Callable[[], None]) -> None:
+    def listen(
+        self,
+        on_notify: Callable[[str, str], None],
+        on_silence: Callable[[], None],
+        on_probe: Callable[[str], None] | None = None,
+    ) -> None:
         """
         Hear of ready jobs and changed queues from the next heartbeat on.
 
@@ -124,9 +165,11 @@ class PostgresJobStore:
             on_notify: gets channel and payload; a new connection calls it with channel ``""``, since something may have
                 been missed.
             on_silence: called when the listening connection is lost; a heartbeat brings it back.
+            on_probe: gets the queue whose open circuit a claim of ours probes.
         """
         self._on_notify = on_notify
         self._on_silence = on_silence
+        self._on_probe = on_probe
 
     async def _listen(self, connection: db.Connection) -> None:
         if self._on_notify is None:
@@ -160,16 +203,26 @@ class PostgresJobStore:
             daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], host, pid, version, json.dumps(queues), was)
             return daemon_id
 
-    async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan]) -> None:
-        """Insert the queues and plans that are missing; an operator's rows stay as they are."""
+    async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan], keys: Iterable[ProviderKey] = ()) -> None:
+        """Insert the queues, plans and provider keys that are missing; an operator's rows stay as they are."""
         async with self._upkeep.use() as connection, connection.transaction():
             await connection.execute(_JOBS["ensure_queues"], sorted(queues))
             await connection.execute(_JOBS["ensure_plans"], json.dumps([writes.plan_row(plan) for plan in plans]))
+            if rows := [asdict(key) for key in keys]:
+                await connection.execute(_JOBS["ensure_keys"], json.dumps(rows))
 
     async def heartbeat(self, daemon_id: int, *, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
         """Renew the lease of all this daemon's jobs; False when its row is gone and it must register again."""
         async with self._pulse.use() as connection:
             return await connection.fetchval(_JOBS["heartbeat"], daemon_id, timeout=timeout.total_seconds()) is not None
+
+    async def answers(self, *, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
+        """Whether the database answers, and takes writes, now; never raises."""
+        try:
+            async with asyncio.timeout(timeout.total_seconds()), self._reads.use() as connection:
+                return bool(await connection.fetchval(_JOBS["answers"]))
+        except (TimeoutError, DatabaseUnavailableError):
+            return False
 
     async def set_daemon_status(self, daemon_id: int, status: str) -> None:
         """running, stopping or stopped."""
@@ -207,17 +260,37 @@ class PostgresJobStore:
 
         Raises:
             LeaseLostError: this daemon's row is gone: it has to register again.
+            DatabaseUnavailableError: also when somebody has held the queue's lock for a second.
         """
+        records = await self._claim(queue, daemon_id, limit, None)
+        return _in_claim_order(records, queue)
+
+    async def claim_with_keys(self, queue: str, daemon_id: int, limit: int, keys: Sequence[str]) -> Claim:
+        """
+        As :meth:`claim`, each job under one of the provider's *keys* (aliases): those whose secrets this daemon has.
+
+        Raises:
+            LeaseLostError: this daemon's row is gone: it has to register again.
+        """
+        records = await self._claim(queue, daemon_id, limit, list(keys))
+        opens_in = next((timedelta(seconds=record["opens_in_s"]) for record in records if record["id"] is None), None)
+        return Claim(_in_claim_order(records, queue), opens_in)
+
+    async def _claim(self, queue: str, daemon_id: int, limit: int, keys: list[str] | None) -> list[asyncpg.Record]:
         async with self._claims.use() as connection:
             try:
-                records = await connection.fetch(_JOBS["claim"], queue, daemon_id, limit)
+                records = await connection.fetch(_JOBS["claim"], queue, daemon_id, limit, keys)
             except asyncpg.UniqueViolationError:
                 # A stock worker took a job with the same lock between our look and our update: as good as none ready.
                 return []
+            except asyncpg.LockNotAvailableError as error:
+                raise DatabaseUnavailableError(f"queue {queue} is locked") from error
             except asyncpg.ForeignKeyViolationError as error:
                 raise LeaseLostError("somebody removed this daemon's row") from error
-        jobs = [_job(record, queue) for record in records]
-        return sorted(jobs, key=Job.claim_order)
+        is_probe = any(record["id"] is not None and record["circuit_before"] == "open" for record in records)
+        if is_probe and self._on_probe is not None:
+            self._on_probe(queue)
+        return records
 
     async def promote(self, limit: int = 1000) -> Promoted:
         """Let due jobs in, and look at the clock for what comes next."""
@@ -246,6 +319,55 @@ class PostgresJobStore:
             lifted: int = await connection.fetchval(_ORDERS["lift_orders"], limit)
         return lifted
 
+    async def open_orders(self, *, after: int, limit: int) -> dict[int, bool]:
+        """The next open orders after this id, and of each whether it waits for a job that is not there."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_RECONCILE["open_orders"], after, limit)
+        return {record["id"]: record["is_stray"] for record in records}
+
+    async def mend_orders(self, order_ids: Iterable[int], images_per_call: Callable[[str], int]) -> list[Mended]:
+        """
+        Bring open orders back in line with their jobs, whatever became of those; nothing where they are.
+
+        Args:
+            images_per_call: of a provider, by its name.
+        """
+        async with self._finishes.use() as connection, connection.transaction():
+            strays = await self._load_strays(connection, sorted(order_ids))
+            mendings = {order.id: mend(order, images_per_call(order.provider)) for order in strays}
+            for statement, group in writes.by_statement(write for mending in mendings.values() for write in mending.writes):
+                await connection.execute(_ORDERS[statement], json.dumps([writes.row(write) for write in group]))
+            if jobs := [writes.job_row(job) for mending in mendings.values() for job in mending.jobs]:
+                await connection.execute(_JOBS["defer_jobs"], json.dumps(jobs))
+            calls = [(order_id, *pair) for order_id, mending in mendings.items() for pair in mending.resumed]
+            if calls:
+                names = ("order_id", "batch", "first")
+                document = json.dumps([dict(zip(names, call, strict=True)) for call in calls])
+                await connection.execute(_RECONCILE["hand_on_calls"], document)
+            ended = {change.order_id: change for change in await self._settle(connection, set(mendings)) if change.has_ended}
+        return [
+            Mended(order_id, len(mending.jobs), len(mending.writes), ended[order_id].status if order_id in ended else None)
+            for order_id, mending in mendings.items()
+            if mending.jobs or mending.writes or order_id in ended
+        ]
+
+    @staticmethod
+    async def _load_strays(connection: db.Connection, order_ids: list[int]) -> list[StrayOrder]:
+        """Lock those that are open, and look at them with a new snapshot."""
+        orders = await connection.fetch(_RECONCILE["lock_strays"], order_ids)
+        order_ids = [order["id"] for order in orders]
+        images: dict[int, list[OrderImage]] = {order_id: [] for order_id in order_ids}
+        jobs: dict[int, list[OrderJob]] = {order_id: [] for order_id in order_ids}
+        for row in await connection.fetch(_RECONCILE["stray_images"], order_ids):
+            images[row["order_id"]].append(OrderImage(row["index"], row["prompt"], row["status"]))
+        for row in await connection.fetch(_RECONCILE["stray_jobs"], order_ids):
+            job = Job(row["id"], "", row["task_name"], 0, json.loads(row["args"]))
+            jobs[row["order_id"]].append(OrderJob(job, row["status"]))
+        return [
+            StrayOrder(id, order["priority"], order["provider"], order["is_beautified"], images[id], jobs[id])
+            for id, order in zip(order_ids, orders, strict=True)  # noqa: A001 - an order's
+        ]
+
     async def lost_jobs(
         self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500
     ) -> list[tuple[Job, int | None]]:
@@ -261,6 +383,13 @@ class PostgresJobStore:
         async with self._upkeep.use() as connection:
             records = await connection.fetch(_JOBS["lost_jobs"], lease_s, limit, daemon_id, list(running))
         return [(_job(record, record["queue_name"]), record["worker_id"]) for record in records]
+
+    async def other_deaths(self, job: Job, worker: int | None, *, lease: timedelta) -> int:
+        """Signs, within STORM_WINDOW, that workers die without this job, whose last *worker* is left out, too."""
+        seconds = STORM_WINDOW.total_seconds(), lease.total_seconds()
+        async with self._upkeep.use() as connection:
+            count: int = await connection.fetchval(_JOBS["other_deaths"], *seconds, worker, DIED_ALONE, job.id, STORM_DEATHS)
+        return count
 
     # Committing
 
@@ -298,10 +427,11 @@ class PostgresJobStore:
             await self._end_jobs(connection, [ruling for ruling in rulings if ruling.status is not None], daemon_id)
             changes = await self._settle(connection, changed)
             ended_here = [t for t, ruling in zip(transitions, rulings, strict=True) if ruling.status is not None]
-            await self._steering.apply(connection, ended_here)
+            news: list[Event] = list(await rest_keys(connection, ended_here))
+            news += await self._steering.apply(connection, ended_here)
             if queues := sorted(set(wake)):
                 await connection.execute(_JOBS["wake_queues"], queues)
-        return Committed([ruling.verdict for ruling in rulings], changes)
+        return Committed([ruling.verdict for ruling in rulings], changes, news)
 
     async def _apply_writes(self, connection: db.Connection, transitions: list[Transition]) -> set[int]:
         """Run the writes of accepted transitions, kind by kind; returns the orders that may have moved on."""
@@ -410,6 +540,10 @@ def _rest(seconds: float | None) -> timedelta | None:
     return None if seconds is None or seconds <= 0 else timedelta(seconds=min(seconds, 86_400))
 
 
+def _in_claim_order(records: Iterable[asyncpg.Record], queue: str) -> list[Job]:
+    return sorted((_job(record, queue) for record in records if record["id"] is not None), key=Job.claim_order)
+
+
 def _job(record: asyncpg.Record, queue: str) -> Job:
     return Job(
         id=record["id"],
@@ -420,4 +554,5 @@ def _job(record: asyncpg.Record, queue: str) -> Job:
         attempts=record["attempts"],
         deaths=record["deaths"] or 0,
         token=record["token"],
+        key_alias=record["key_alias"],
     )

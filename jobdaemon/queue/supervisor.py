@@ -16,11 +16,21 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import DaemonReady, DaemonStarted, DaemonStopped, DaemonStopping, Events, UpkeepFailed
+from jobdaemon.events import (
+    CircuitTurned,
+    DaemonReady,
+    DaemonStarted,
+    DaemonStopped,
+    DaemonStopping,
+    Events,
+    LeaseInDoubt,
+    UpkeepFailed,
+)
 from jobdaemon.ports import Stage
 from jobdaemon.queue.attempt import AttemptRules, AttemptRunner
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.heartbeat import Heartbeat
+from jobdaemon.queue.solitude import Solitude
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.team import Team
 from jobdaemon.queue.upkeep import Upkeep
@@ -50,10 +60,16 @@ class EngineRules:
 
 @dataclass(frozen=True, slots=True)
 class QueueRules:
-    """How this daemon serves one queue."""
+    """
+    How this daemon serves one queue.
+
+    Attributes:
+        keys: aliases of the provider's keys that this daemon has; None where the provider knows no keys.
+    """
 
     team_size: int
     attempt: AttemptRules
+    keys: tuple[str, ...] | None = None
 
 
 class Supervisor:
@@ -71,9 +87,11 @@ class Supervisor:
         require_schema: Callable[[list[str]], None],
         ensure_rows: Callable[[], Awaitable[None]],
         discard: Callable[[tuple[str, ...]], Awaitable[None]],
+        images_per_call: Callable[[str], int] = lambda provider: 1,  # noqa: ARG005 - a provider's name
     ) -> None:
         """
         Args:
+            images_per_call: how many images one call of a provider makes, for jobs that have to be made again.
             require_schema: raises SchemaVersionError when these applied migrations do not fit this program.
             ensure_rows: inserts the plans and queues of the settings that are missing.
             discard: deletes artifacts that nobody needs any more; must not raise.
@@ -95,9 +113,12 @@ class Supervisor:
             lease=engine.lease,
             register=self._register,
             on_first_beat=lambda: events.emit(DaemonReady(daemon_id=self.daemon_id)),
-            on_stall=lambda: events.emit(UpkeepFailed(error="this process stood still for most of its lease", chore="heartbeat")),
+            on_stall=self._doubt_the_lease,
         )
-        runner = AttemptRunner(stages, self._committer, events, discard=discard)
+        self._solitude = Solitude(events)
+        runner = AttemptRunner(
+            stages, self._committer, events, discard=discard, is_sure=self._heartbeat.is_sure, solitude=self._solitude
+        )
         self._teams = {
             name: Team(
                 name,
@@ -108,7 +129,8 @@ class Supervisor:
                 events=events,
                 daemon_id=lambda: self.daemon_id,
                 on_lease_lost=self._heartbeat.beat_now,
-                until_lease_holds=self._heartbeat.until_lease_holds,
+                until_lease_holds=self._until_it_may_claim,
+                keys=rules.keys,
             )
             for name, rules in queues.items()
         }
@@ -122,6 +144,7 @@ class Supervisor:
             daemon_id=lambda: self.daemon_id,
             may_rescue=self._heartbeat.may_rescue,
             on_drain=self._drain,
+            images_per_call=images_per_call,
         )
 
     @property
@@ -156,6 +179,14 @@ class Supervisor:
                 self._team_sizes[name] = size
         self._upkeep.resized(self._team_sizes)
 
+    async def _until_it_may_claim(self) -> None:
+        await self._solitude.until_open()
+        await self._heartbeat.until_lease_holds()
+
+    def _doubt_the_lease(self, reason: str) -> None:
+        aborted = sum(team.abort_paid(reason) for team in self._teams.values())
+        self._events.emit(LeaseInDoubt(reason=reason, aborted=aborted))
+
     def _drain(self, is_draining: bool) -> None:
         # The slots that a draining daemon frees are for others.
         self._committer.is_draining = is_draining or self._stopping.is_set()
@@ -174,7 +205,11 @@ class Supervisor:
         self._events.emit(DaemonStarted(daemon_id="", queues=self._team_sizes))
         if not await self._reach_database(wait_for_database):
             return
-        self._store.listen(self._upkeep.heard, self._heartbeat.beat_now)
+        self._store.listen(
+            self._upkeep.heard,
+            self._heartbeat.beat_now,
+            on_probe=lambda queue: self._events.emit(CircuitTurned(queue, "probing")),
+        )
         services = [asyncio.ensure_future(self._committer.run()), asyncio.ensure_future(self._heartbeat.run())]
         claiming = [asyncio.ensure_future(team.run()) for team in self._teams.values()]
         upkeep = asyncio.ensure_future(self._upkeep.run())

@@ -1,21 +1,24 @@
 """
 Upkeep that any daemon does, in small batches that any number of daemons may do at once: let due jobs in, follow what operators
-set, look for ready jobs in case a notification was lost, rescue what dead workers left.
+set, look for ready jobs in case a notification was lost, rescue what dead workers left, mend orders whose jobs others had their
+hands on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
-from jobdaemon.domain.retry import after_death
+from jobdaemon.domain.retry import MAX_DEATHS, after_death
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import Events, JobsRescued, OrderSettled, UpkeepFailed
+from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, UpkeepFailed
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, PostgresJobStore
 from jobdaemon.queue.team import Team
@@ -25,6 +28,11 @@ _JITTER = 0.2
 _PROMOTE_LIMIT = 1000
 #: Orders of up to 100 jobs each: some 20 ms, in which their jobs cannot be claimed.
 _LIFT_LIMIT = 20
+#: Of so many polls one looks for orders that are out of line with their jobs, a part of the open ones at a time.
+_RECONCILE_EVERY = 6
+_RECONCILE_LIMIT = 200
+#: And mends so many of them: each is locked meanwhile.
+_MEND_LIMIT = 50
 #: Timers ring a little early; asking again too soon would find the job still not due.
 _TIMER_SLACK_S = 0.002
 
@@ -44,9 +52,11 @@ class Upkeep:
         daemon_id: Callable[[], int],
         may_rescue: Callable[[], bool],
         on_drain: Callable[[bool], None],
+        images_per_call: Callable[[str], int],
     ) -> None:
         """
         Args:
+            images_per_call: of a provider, by its name.
             on_drain: told at each look whether this daemon is to claim nothing more.
             daemon_id: this daemon's, at the moment.
             may_rescue: whether this daemon may judge others by their silence.
@@ -63,6 +73,11 @@ class Upkeep:
         self._new_team_sizes: dict[str, int] | None = None
         #: Jobs (id, token) that are ours by the last look though no attempt of ours runs them.
         self._strays: set[tuple[int, int | None]] = set()
+        self._images_per_call = images_per_call
+        self._polls = 0
+        #: Open orders that were out of line at the last look, and up to which id the open ones were looked at.
+        self._stray_orders: set[int] = set()
+        self._looked_at = 0
         self._rests: dict[str, asyncio.TimerHandle] = {}
         self._now = asyncio.Event()
         self._next_due_s: float | None = None
@@ -126,8 +141,8 @@ class Upkeep:
         if promoted.has_expired:
             for change in await self._store.expire_orders():
                 self._events.emit(OrderSettled(order_id=change.order_id, status=change.status))
-        if promoted.has_overdue and await self._store.lift_orders(_LIFT_LIMIT) >= _LIFT_LIMIT:
-            self._now.set()  # more may be overdue
+        if promoted.has_overdue:
+            await self._lift()
         if is_poll or self._queues_changed:
             self._queues_changed = False
             try:
@@ -137,6 +152,16 @@ class Upkeep:
                 raise
         if is_poll:
             await self._rescue()
+            self._polls += 1
+            if self._polls % _RECONCILE_EVERY == 0:
+                await self._reconcile()
+
+    async def _lift(self) -> None:
+        count = await self._store.lift_orders(_LIFT_LIMIT)
+        if count:
+            self._events.emit(OrdersLifted(count=count))
+        if count >= _LIFT_LIMIT:
+            self._now.set()  # more may be overdue
 
     async def _follow_queues(self) -> None:
         daemon_id = self._daemon_id()
@@ -165,11 +190,36 @@ class Upkeep:
         daemon_id = self._daemon_id()
         running = [job_id for team in self._teams.values() for job_id in team.running_jobs]
         lost = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
-        await self._commit_ends([(_rescued(job), owner) for job, owner in lost if owner != daemon_id])
+        dead = [(job, owner) for job, owner in lost if owner != daemon_id]
+        company = Counter(owner for _, owner in dead)
+        await self._commit_ends([(await self._rescued(job, owner, company[owner] == 1), owner) for job, owner in dead])
         # Seen twice, it is no claim whose answer is still on its way.
         strays = {(job.id, job.token): job for job, owner in lost if owner == daemon_id}
         await self._commit_ends([(_stray(job), daemon_id) for key, job in strays.items() if key in self._strays])
         self._strays = set(strays)
+
+    async def _reconcile(self) -> None:
+        """Mend what was out of line at the last look already: an operator may be in the middle of something."""
+        due = sorted(self._stray_orders)[:_MEND_LIMIT]
+        if due:
+            mended = await self._store.mend_orders(due, self._images_per_call)
+            self._stray_orders.difference_update(due)
+            for order in mended:
+                self._events.emit(OrderMended(order_id=order.order_id, jobs=order.jobs, failures=order.failures))
+                if order.ended_as is not None:
+                    self._events.emit(OrderSettled(order_id=order.order_id, status=order.ended_as))
+        looked = await self._store.open_orders(after=self._looked_at, limit=_RECONCILE_LIMIT)
+        self._looked_at = max(looked) if len(looked) == _RECONCILE_LIMIT else 0
+        self._stray_orders.update(order_id for order_id, is_stray in looked.items() if is_stray)
+
+    async def _rescued(self, job: Job, owner: int | None, ran_alone: bool) -> Transition:
+        other_deaths = 0
+        if job.deaths + 1 >= MAX_DEATHS:
+            other_deaths = await self._store.other_deaths(job, owner, lease=self._lease)
+        transition = after_death(
+            job, ran_alone=ran_alone, other_deaths=other_deaths, dead=lambda reason: writes_when_dead(job, reason)
+        )
+        return replace(transition, ran_by=owner)
 
     async def _commit_ends(self, ends: list[tuple[Transition, int | None]]) -> None:
         verdicts = await asyncio.gather(*(self._committer.commit(transition) for transition, _ in ends))
@@ -179,10 +229,6 @@ class Upkeep:
                 count_by_daemon[daemon_id] = count_by_daemon.get(daemon_id, 0) + 1
         for daemon_id, count in count_by_daemon.items():
             self._events.emit(JobsRescued(count=count, daemon_id=daemon_id or ""))
-
-
-def _rescued(job: Job) -> Transition:
-    return after_death(job, dead=lambda reason: writes_when_dead(job, reason))
 
 
 def _stray(job: Job) -> Transition:

@@ -125,7 +125,7 @@ def attempt_row(ruling: Ruling, daemon_id: int | None) -> dict[str, Any]:
         "queue": ruling.job.queue,
         "attempt": ruling.job.attempt,
         "token": ruling.job.token,
-        "daemon_id": daemon_id,
+        "daemon_id": daemon_id if ruling.ran_by is None else ruling.ran_by,
         "seconds": ruling.seconds,
         "outcome": ruling.recorded_outcome,
         "error_kind": ruling.error_kind,

@@ -5,6 +5,7 @@ The sandbox: a provider on this machine that costs nothing, and the referee of w
     referee.py   counts starts, overlaps, starts above the limit in force, images stored twice; no sockets
     shop.py      what the image APIs share: keys and their limits, what was bought, links
     files.py     serves what was bought
+    openai_images.py  OpenAI's image API
     dashscope.py  DashScope's image API; dashscope_uploads.py  its uploads
     server.py    all of it behind HTTP on the loopback interface
 

@@ -7,7 +7,7 @@ import asyncio
 from aiohttp import web
 
 from jobdaemon.sandbox.faults import Fault
-from jobdaemon.sandbox.shop import Shop
+from jobdaemon.sandbox.shop import File, Shop
 
 #: A drip sends so much, so often: slower than anybody should wait for.
 _DRIP_BYTES, _DRIP_S = 64, 0.2
@@ -23,20 +23,23 @@ def routes(shop: Shop) -> list[web.RouteDef]:
                 # Asked for again, the API gives a link that works.
                 file.fault = None
             return web.Response(status=403, text="<Error><Code>AccessDenied</Code></Error>")
-        content = await asyncio.to_thread(file.content)
-        match file.fault:
-            case Fault.TRUNCATED:
-                file.fault = None
-                return web.Response(body=content[: len(content) // 2], content_type="image/png")
-            case Fault.WRONG_LENGTH:
-                file.fault = None
-                return await _streamed(request, content[: len(content) // 2], declared=len(content))
-            case Fault.DRIP:
-                file.fault = None
-                return await _streamed(request, content, declared=len(content), drip=True)
-        return web.Response(body=content, content_type="image/png")
+        return await send(request, file)
 
     return [web.get("/files/{name}", serve)]
+
+
+async def send(request: web.Request, file: File) -> web.StreamResponse:
+    """Answer with the bytes of *file*, as badly as its fault says; only the first time."""
+    content = await asyncio.to_thread(file.content)
+    fault, file.fault = file.fault, None
+    match fault:
+        case Fault.TRUNCATED:
+            return web.Response(body=content[: len(content) // 2], content_type="image/png")
+        case Fault.WRONG_LENGTH:
+            return await _streamed(request, content[: len(content) // 2], declared=len(content))
+        case Fault.DRIP:
+            return await _streamed(request, content, declared=len(content), drip=True)
+    return web.Response(body=content, content_type="image/png")
 
 
 async def _streamed(request: web.Request, content: bytes, *, declared: int, drip: bool = False) -> web.StreamResponse:

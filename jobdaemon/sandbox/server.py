@@ -30,7 +30,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from jobdaemon.errors import SettingsError
-from jobdaemon.sandbox import dashscope, files
+from jobdaemon.sandbox import comfyui, dashscope, files, openai_images
 from jobdaemon.sandbox.faults import SLOW_FACTOR, Fault
 from jobdaemon.sandbox.referee import Call, Referee
 from jobdaemon.sandbox.shop import Behaviour, Shop
@@ -41,6 +41,8 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 #: The APIs it speaks: each module's routes.
 _APIS: tuple[Callable[[Shop], list[web.RouteDef]], ...] = (
     files.routes,
+    openai_images.routes,
+    comfyui.routes,
     dashscope.routes,
 )
 #: A provider that is full names no time; a second is what most say.

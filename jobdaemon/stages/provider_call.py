@@ -76,10 +76,13 @@ class CallRecord:
             images: indexes that are still wanted.
 
         Raises:
-            LeaseLostError: the job or its order is not ours any more; a task that was accepted just now is given up.
+            LeaseLostError: the job or its order is not ours any more; a task whose id is noted nowhere is given up.
         """
         match event:
             case Submitting():
+                if self._is_open:
+                    # One call after another, or a task that is not asked for any more: what came before gives nothing more.
+                    await self.close("partial")
                 await self._submitted(event.task_id, images)
             case TaskAccepted():
                 try:
@@ -88,7 +91,9 @@ class CallRecord:
                     else:
                         await self._submitted(event.task_id, images)
                 except LeaseLostError:
-                    await self._give_up(event.task_id, images)
+                    # An id that was noted before the submit is known to whoever has the job now, and may be waited for.
+                    if not self._has_task:
+                        await self._give_up(event.task_id, images)
                     raise
                 self._has_task = True
             case TaskOver():

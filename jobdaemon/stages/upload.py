@@ -10,7 +10,13 @@ from jobdaemon.domain.artifact import image_key
 from jobdaemon.domain.expand import collect_job
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import ImageFailed, ImageLost, ImagesRemoved, ImageStored
-from jobdaemon.errors import ArtifactMissingError, DownloadRefusedError, InvalidOrderError
+from jobdaemon.errors import (
+    ArtifactMissingError,
+    DownloadRefusedError,
+    InvalidOrderError,
+    SourceUnavailableError,
+    UnsupportedImageError,
+)
 from jobdaemon.ports import ArtifactStore, Attempt, ImageFacts, ImageRow, OrderReader
 from jobdaemon.stages.source import ARTIFACT_SCHEME, fetched
 
@@ -39,7 +45,10 @@ class UploadStage:
         self._max_image_bytes = max_image_bytes
 
     async def run(self, attempt: Attempt) -> Done:
-        """Raises what the store and the provider's server raise, and UnsupportedImageError for bytes that are no image."""
+        """
+        Raises what the store and the provider's server raise, UnsupportedImageError for an artifact that is no image, and
+        SourceUnavailableError for a download that is none.
+        """
         order_id, index = attempt.job.args["order_id"], attempt.job.args["image"]
         image = next((row for row in await self._orders.load_images(order_id) if row.index == index), None)
         if image is None:
@@ -56,7 +65,13 @@ class UploadStage:
                 return await self._ask_again(order_id, image, str(error))
         else:
             content = await self._store.get(work_key, max_bytes=self._max_image_bytes)
-        facts, digest = await asyncio.to_thread(lambda: (self._inspect(content), hashlib.sha256(content).hexdigest()))
+        try:
+            facts, digest = await asyncio.to_thread(lambda: (self._inspect(content), hashlib.sha256(content).hexdigest()))
+        except UnsupportedImageError as error:
+            if work_key is not None:
+                raise
+            # It is paid for, and what came was perhaps cut short on its way: fetched once more it may be whole.
+            raise SourceUnavailableError(str(error)) from error
         if work_key is not None and digest[:16] not in work_key:
             raise ArtifactMissingError(f"the bytes under {work_key} are not those that were generated")
         stored = await self._store.put(image_key(order_id, index, digest, facts.media_type), content, facts.media_type)

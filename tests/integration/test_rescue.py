@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -99,7 +100,8 @@ async def test_poison_is_a_dead_letter_after_so_many_deaths(claimed_job_factory:
     order_id = job.order_id
     assert order_id is not None
     for death in range(1, MAX_DEATHS + 1):
-        transition = after_death(job, dead=lambda reason, job=job: writes_when_dead(job, reason))  # type: ignore[misc]
+        dead = functools.partial(writes_when_dead, job)
+        transition = after_death(job, ran_alone=True, other_deaths=0, dead=dead)
         await store.commit([transition], daemon_id=None)
         if death < MAX_DEATHS:
             [row] = claimed_job_factory.orders.jobs(order_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import pytest
@@ -52,7 +52,7 @@ class Bench:
     seen: list[Event] = field(default_factory=list)
     discarded: list[str] = field(default_factory=list)
 
-    def runner(self, work: Work) -> AttemptRunner:
+    def runner(self, work: Work, *, is_sure: bool = True) -> AttemptRunner:
         events = Events()
         events.subscribe(self.seen.append)
 
@@ -63,7 +63,8 @@ class Bench:
         async def discard(keys: tuple[str, ...]) -> None:
             self.discarded += keys
 
-        return AttemptRunner({Task.UPLOAD: OneStage(work)}, self.committer, events, discard=discard)  # type: ignore[arg-type, dict-item]
+        stages = {Task.UPLOAD: OneStage(work)}
+        return AttemptRunner(stages, self.committer, events, discard=discard, is_sure=lambda: is_sure)  # type: ignore[arg-type]
 
     async def run(self, work: Work, job: Job = JOB, rules: AttemptRules = RULES) -> Transition:
         """Run one attempt to its end; returns the last transition."""
@@ -213,3 +214,18 @@ async def test_a_refused_checkpoint_stops_the_stage(bench: Bench, verdict: Verdi
     last = await bench.run(work)
     assert after == []
     assert last.end is End.HANDED_BACK
+
+
+@pytest.mark.parametrize("is_paid", [False, True])
+async def test_a_paid_attempt_needs_a_lease_beyond_doubt(bench: Bench, is_paid: bool) -> None:
+    """A claim whose answer came under a lease in doubt starts no paid call: its job is handed back; what is free runs."""
+    runs: list[int] = []
+
+    async def work(attempt: Attempt) -> Done:
+        runs.append(attempt.job.id)
+        return Done()
+
+    bench.committer.may_answer.set()
+    await bench.runner(work, is_sure=False).run(JOB, replace(RULES, is_paid=is_paid))
+    assert [transition.end for transition in bench.committer.transitions] == [End.HANDED_BACK if is_paid else End.SUCCEEDED]
+    assert runs == ([] if is_paid else [JOB.id])

@@ -9,12 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobdaemon.domain.job import Job
-from jobdaemon.domain.outcome import End
-from jobdaemon.domain.retry import MAX_DEATHS, RetryPolicy, after_death, after_error, backoff_after
+from jobdaemon.domain.outcome import End, Signal
+from jobdaemon.domain.retry import (
+    DIED,
+    DIED_ALONE,
+    MAX_DEATHS,
+    STORM_DEATHS,
+    RetryPolicy,
+    after_death,
+    after_error,
+    backoff_after,
+)
 from jobdaemon.domain.write import OrderFailed, Write
 from jobdaemon.errors import (
     DatabaseUnavailableError,
     DeviceMemoryError,
+    KeyRefusedError,
     ProviderRefusedError,
     ProviderUnavailableError,
     RateLimitedError,
@@ -81,6 +91,17 @@ def test_what_is_no_fault_of_the_job_costs_nothing(error: Exception) -> None:
     assert transition.delay == (timedelta(minutes=3) if isinstance(error, RateLimitedError) else timedelta(seconds=1))
 
 
+@pytest.mark.parametrize(("is_out_of_money", "signal"), [(False, Signal.KEY), (True, Signal.MONEY)])
+def test_a_refused_key_costs_the_job_nothing(is_out_of_money: bool, signal: Signal) -> None:
+    """The key is told of, and even the last attempt is snoozed; a job without a key spends its attempts as after any error."""
+    error = KeyRefusedError("no", is_out_of_money=is_out_of_money)
+    transition = after_error(Job(1, "q", "t", 0, attempts=99, key_alias="a"), error, POLICY, jitter=0.0, dead=dead)
+    assert (transition.end, transition.signal, transition.delay) == (End.SNOOZE, signal, timedelta(seconds=1))
+    assert after_error(Job(1, "q", "t", 0), error, POLICY, jitter=0.5, dead=dead).end is End.RETRY
+    last = after_error(Job(1, "q", "t", 0, attempts=99), error, POLICY, jitter=0.5, dead=dead)
+    assert (last.end, last.signal) == (End.FAILED, None)
+
+
 def test_a_servers_wish_is_the_least_we_wait() -> None:
     """retry_after lengthens a backoff and never shortens it."""
     for wish, expected in ((60, 60), (0.5, 2)):
@@ -93,12 +114,30 @@ def test_deaths_rest_longer_and_end_in_a_dead_letter() -> None:
     """A dead worker costs its job no attempt; rests grow and are bounded; the last death is final."""
     rests: list[timedelta] = []
     for deaths in range(MAX_DEATHS - 1):
-        transition = after_death(Job(1, "q", "t", 0, attempts=2, deaths=deaths), dead=dead)
+        transition = after_death(Job(1, "q", "t", 0, attempts=2, deaths=deaths), ran_alone=True, other_deaths=0, dead=dead)
         assert (transition.end, transition.writes) == (End.INTERRUPTED, ())
         rests.append(transition.delay or timedelta(0))
     assert rests[0] == timedelta(0)
     assert rests == sorted(rests)
     assert rests[-1] <= timedelta(minutes=5)
-    last = after_death(Job(1, "q", "t", 0, deaths=MAX_DEATHS - 1), dead=dead)
+    last = after_death(Job(1, "q", "t", 0, deaths=MAX_DEATHS - 1), ran_alone=True, other_deaths=0, dead=dead)
     assert last.end is End.FAILED
     assert last.writes == (OrderFailed(1, f"{MAX_DEATHS} workers died while this job ran"),)
+
+
+@pytest.mark.parametrize(
+    ("deaths", "ran_alone", "other_deaths", "is_final"),
+    [
+        (MAX_DEATHS - 1, True, STORM_DEATHS - 1, True),
+        (MAX_DEATHS + 500, True, 0, True),
+        (MAX_DEATHS - 2, True, 0, False),
+        (MAX_DEATHS + 500, False, 0, False),
+        (MAX_DEATHS + 500, True, STORM_DEATHS, False),
+    ],
+)
+def test_only_a_death_that_proves_something_is_final(deaths: int, ran_alone: bool, other_deaths: int, is_final: bool) -> None:
+    """However many workers died: in company, or where workers die anyway, a job only rests, at most five minutes."""
+    transition = after_death(Job(1, "q", "t", 0, deaths=deaths), ran_alone=ran_alone, other_deaths=other_deaths, dead=dead)
+    assert (transition.end is End.FAILED) == is_final
+    assert transition.error_kind == (DIED_ALONE if ran_alone else DIED)
+    assert is_final or (transition.delay is not None and transition.delay <= timedelta(minutes=5))

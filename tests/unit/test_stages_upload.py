@@ -11,7 +11,13 @@ from jobdaemon.domain.artifact import generated_key, image_key
 from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import ImageFailed, ImageLost, ImagesRemoved, ImageStored
-from jobdaemon.errors import ArtifactMissingError, DownloadRefusedError, InvalidOrderError, UnsupportedImageError
+from jobdaemon.errors import (
+    ArtifactMissingError,
+    DownloadRefusedError,
+    InvalidOrderError,
+    SourceUnavailableError,
+    UnsupportedImageError,
+)
 from jobdaemon.stages.upload import RemoveStage, UploadStage
 from tests.fakes import JPEG, Facts, FakeArtifacts, FakeAttempt, FakeOrders, image_row
 
@@ -85,9 +91,11 @@ async def test_an_image_that_is_not_waiting_is_left_alone(status: str) -> None:
         (None, {}, ArtifactMissingError),
         (f"artifact:{WORK_KEY}", {}, ArtifactMissingError),
         (f"artifact:{WORK_KEY}", {WORK_KEY: b"other bytes"}, ArtifactMissingError),
-        ("https://p.example/garbage", {}, UnsupportedImageError),
+        (f"artifact:{WORK_KEY}", {WORK_KEY: b"garbage"}, UnsupportedImageError),
+        # A download may have been cut short: it is fetched again before it is given up.
+        ("https://p.example/garbage", {}, SourceUnavailableError),
     ],
-    ids=["no link", "nothing there", "changed", "no image"],
+    ids=["no link", "nothing there", "changed", "no image", "no image fetched"],
 )
 async def test_what_is_no_whole_image_is_not_stored(
     locator: str | None, objects: dict[str, bytes], error: type[Exception]

@@ -16,6 +16,10 @@ RETURNING id;
 -- Says that the daemon lives; no row means that somebody removed it and it has to register again.
 UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = clock_timestamp() WHERE id = $1 RETURNING id;
 
+-- name: answers
+-- Whether this server takes writes; a standby, or the old primary after a failover, does not.
+SELECT current_setting('transaction_read_only') = 'off';
+
 -- name: set_daemon_status
 -- running, stopping or stopped; a stopped daemon's heartbeat ends now, so that what it left can be rescued at once.
 WITH worker AS (
@@ -27,19 +31,29 @@ UPDATE jobdaemon.daemons SET status = $2, stopped_at = CASE WHEN $2 = 'stopped' 
 -- Rows for the queues we serve; an operator's rows stay as they are.
 INSERT INTO jobdaemon.queues (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING;
 
+-- name: ensure_keys
+-- Provider keys of the settings that have no row yet; an operator's rows stay as they are.
+INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency, rate, daily_budget)
+SELECT k.provider, k.alias, k.concurrency, k.rate, k.daily_budget
+FROM jsonb_to_recordset($1::jsonb) AS k (provider text, alias text, concurrency integer, rate float8, daily_budget integer)
+ON CONFLICT (provider, alias) DO NOTHING;
+
 -- name: ensure_plans
 -- Plans of the settings that have no row yet; an operator's rows stay as they are.
-INSERT INTO jobdaemon.plans (name, images, priority, lift_after, expires_after, max_open_orders,
+INSERT INTO jobdaemon.plans (name, images, priority, stage_priority, lift_after, expires_after, max_open_orders,
     max_open_orders_per_customer, prompts, provider)
-SELECT p.name, p.images, p.priority, p.lift_after_s * interval '1 second', p.expires_after_s * interval '1 second',
+SELECT p.name, p.images, p.priority, p.stage_priority, p.lift_after_s * interval '1 second', p.expires_after_s * interval '1 second',
     p.max_open_orders, p.max_open_orders_per_customer, p.prompts, p.provider
-FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority integer, lift_after_s float8,
+FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority integer, stage_priority jsonb, lift_after_s float8,
     expires_after_s float8, max_open_orders integer, max_open_orders_per_customer integer, prompts text[], provider text)
 ON CONFLICT (name) DO NOTHING;
 
 -- name: claim
--- Up to $3 ready jobs of one queue, under one token.
-SELECT id, task_name, priority, args, attempts, deaths, token FROM jobdaemon.claim_jobs($1, $2, $3);
+-- Up to $3 ready jobs of one queue, under one token; with keys $4, a last row without a job may say when they open. How the circuit
+-- was before: this statement sees nothing of what the function does.
+SELECT id, task_name, priority, args, attempts, deaths, token, key_alias, opens_in_s,
+    (SELECT q.circuit FROM jobdaemon.queues q WHERE q.name = $1) AS circuit_before
+FROM jobdaemon.claim_jobs($1, $2, $3, $4::text[]);
 
 -- name: queue_rows
 -- What operators set for these queues and for daemon $2, and whether a job is ready in them: the net below the notifications.
@@ -60,10 +74,9 @@ UPDATE jobdaemon.daemons SET queues = $2::jsonb WHERE id = $1 AND queues <> $2::
 SELECT promoted, CASE WHEN next_due < clock_timestamp() + interval '1 day'
     THEN extract(epoch FROM next_due - clock_timestamp())::float8 END AS next_due_s,
     EXISTS (SELECT FROM jobdaemon.orders o WHERE o.finished_at IS NULL AND o.expires_at <= now()) AS has_expired,
-    EXISTS (SELECT FROM jobdaemon.plans p
-        WHERE p.priority < (SELECT max(t.priority) FROM jobdaemon.plans t) AND EXISTS (
-            SELECT FROM jobdaemon.orders o WHERE o.plan = p.name AND o.finished_at IS NULL AND o.lifted_at IS NULL
-                AND NOT o.prioritized AND o.waits_from <= now() - p.lift_after)) AS has_overdue
+    EXISTS (SELECT FROM jobdaemon.plans_below_top() AS p
+        WHERE EXISTS (SELECT FROM jobdaemon.orders o WHERE o.plan = p.name AND o.finished_at IS NULL AND o.lifted_at IS NULL
+            AND NOT o.prioritized AND o.waits_from <= now() - p.lift_after)) AS has_overdue
 FROM jobdaemon.promote_jobs($1);
 
 -- name: wake_queues
@@ -84,7 +97,7 @@ FROM locked l WHERE j.id = l.id;
 -- name: lost_jobs
 -- Running jobs whose worker is gone or silent for longer than the lease ($1, seconds; NULL: not asked), and those of worker $3
 -- that are not among those it knows to run ($4). No lock: the fence decides.
-SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.worker_id
+SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id
 FROM jobdaemon.procrastinate_jobs j
 LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
 WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
@@ -92,6 +105,19 @@ WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queue
         OR j.worker_id = $3)
     AND NOT (j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true))
 ORDER BY j.id LIMIT $2;
+
+-- name: other_deaths
+-- Signs of the last $1 seconds that workers die whatever they run: those that died (silent for $2, and never stopped), without
+-- worker $3 and those in which a suspect ran alone ($4), $6 at most; and every other suspect than job $5 that died so.
+SELECT (SELECT count(DISTINCT a.job_id) FROM jobdaemon.attempts a
+        WHERE a.ended_at > now() - $1 * interval '1 second' AND a.error_kind = $4 AND a.job_id <> $5)
+    + count(*) FROM (
+    SELECT FROM jobdaemon.daemons d JOIN jobdaemon.procrastinate_workers w ON w.id = d.id
+    WHERE d.status <> 'stopped' AND d.id IS DISTINCT FROM $3
+        AND w.last_heartbeat > now() - $1 * interval '1 second' AND w.last_heartbeat < now() - $2 * interval '1 second'
+        AND NOT EXISTS (SELECT FROM jobdaemon.attempts a
+            WHERE a.ended_at > now() - 2 * $1 * interval '1 second' AND a.daemon_id = d.id AND a.error_kind = $4)
+    LIMIT $6) AS died;
 
 -- name: lock_orders
 -- Orders first, by id; then jobs; then images: every transaction that touches several keeps this order.
@@ -103,7 +129,8 @@ SELECT id, status::text, token, abort_requested FROM jobdaemon.procrastinate_job
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
 
 -- name: end_jobs
--- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten.
+-- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten. A job
+-- that may run again keeps the key of a task that it has bought and not collected.
 UPDATE jobdaemon.procrastinate_jobs j
 SET status = e.status::jobdaemon.procrastinate_job_status,
     attempts = j.attempts + e.spent,
@@ -111,16 +138,17 @@ SET status = e.status::jobdaemon.procrastinate_job_status,
     scheduled_at = CASE WHEN e.status = 'todo' THEN now() + e.delay_s * interval '1 second' END,
     worker_id = CASE WHEN e.status = 'todo' THEN NULL ELSE j.worker_id END,
     token = CASE WHEN e.died > 0 THEN NULL ELSE j.token END,
+    key_alias = CASE WHEN j.key_alias IS NOT NULL AND e.status IN ('todo', 'failed') THEN jobdaemon.bought_with(j.id) END,
     abort_requested = false
 FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::float8[], $5::smallint[]) AS e (id, status, spent, delay_s, died)
 WHERE j.id = e.id;
 
 -- name: defer_jobs
--- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}. The orders are locked: what
--- an operator has set their priority to, and that they were lifted, is known here, though the stage may have read them before.
--- Each job names its order's customer, for the fair share.
+-- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}. The orders are locked: job_priority
+-- knows their priority in this stage, what an operator has set it to, and that they were lifted, though the stage may have read
+-- them before. Each job names its order's customer, for the fair share.
 SELECT jobdaemon.procrastinate_defer_jobs_v1(array_agg(ROW(n.queue, n.task,
-    CASE WHEN o.prioritized THEN o.priority WHEN o.lifted_at IS NOT NULL THEN jobdaemon.lifted_priority() ELSE n.priority END,
+    CASE WHEN o.id IS NULL THEN n.priority ELSE jobdaemon.job_priority(o, n.queue) END,
     NULL, NULL, CASE WHEN o.customer <> '' THEN n.args || jsonb_build_object('customer', o.customer) ELSE n.args END,
     now() + n.delay_s * interval '1 second')::jobdaemon.procrastinate_job_to_defer_v1 ORDER BY n.place))
 FROM ROWS FROM (jsonb_to_recordset($1::jsonb) AS (queue text, task text, priority integer, args jsonb, delay_s float8))

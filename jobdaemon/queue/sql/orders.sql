@@ -25,10 +25,10 @@ WHERE NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = w.job_
 RETURNING order_id;
 
 -- name: call_accepted
--- {order_id, job_id, task_id}
+-- {order_id, job_id, task_id}: instead of the id that was noted before the submit, where the provider chose another.
 UPDATE jobdaemon.provider_calls c SET external_task_id = w.task_id
 FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, task_id text)
-WHERE c.job_id = w.job_id AND c.outcome IS NULL AND c.external_task_id IS NULL
+WHERE c.job_id = w.job_id AND c.outcome IS NULL
 RETURNING c.order_id;
 
 -- name: call_ended

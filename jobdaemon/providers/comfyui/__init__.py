@@ -1,0 +1,5 @@
+"""ComfyUI servers of one's own, as a provider."""
+
+from jobdaemon.providers.comfyui.provider import ComfyUIProvider
+
+__all__ = ["ComfyUIProvider"]
