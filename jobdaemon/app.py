@@ -229,6 +229,8 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
         providers["openai_images"] = _openai_images_provider(settings, services)
     if "comfyui" in usable:
         providers["comfyui"] = _comfyui_provider(settings, services)
+    if "dashscope" in usable:
+        providers["dashscope"] = _dashscope_provider(settings, services)
     return providers
 
 
@@ -270,6 +272,16 @@ def _openai_images_provider(settings: Settings, services: GuardedClient) -> Prov
     return OpenAIImagesProvider(
         section, keys=_secrets(section.api_key, section.keys), client=services, max_image_bytes=settings.photos.result_max_bytes
     )
+
+
+def _dashscope_provider(settings: Settings, services: GuardedClient) -> Provider:
+    from jobdaemon.providers.dashscope import DashScopeProvider
+    from jobdaemon.providers.photo_links import InlineLinks
+
+    section = settings.generate.dashscope
+    if section.photo != "inline":
+        raise SettingsError(f'generate.dashscope.photo: there is no {section.photo!r}; there is "inline"')
+    return DashScopeProvider(section, keys=_secrets(section.api_key, section.keys), client=services, links=InlineLinks())
 
 
 @dataclass(frozen=True, slots=True)

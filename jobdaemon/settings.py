@@ -84,6 +84,7 @@ PROVIDERS = (
     "local",
     "openai_images",
     "comfyui",
+    "dashscope",
 )
 BACKENDS = ("opencv",)
 #: The door's own bound: enqueue_order refuses longer prompts.

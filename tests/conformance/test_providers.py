@@ -54,10 +54,29 @@ def _comfyui(bench: Bench) -> Provider:
     return ComfyUIProvider(settings, client=bench.client, max_image_bytes=MAX_IMAGE_BYTES)
 
 
+def _dashscope(model: str) -> Make:
+    def make(bench: Bench) -> Provider:
+        from jobdaemon.providers.dashscope import DashScopeProvider
+        from jobdaemon.providers.photo_links import InlineLinks
+        from jobdaemon.settings_generate import DashScopeSettings
+
+        settings = DashScopeSettings(
+            base_url=bench.url, model=model, poll=timedelta(milliseconds=5), task_timeout=timedelta(seconds=5)
+        )
+        return DashScopeProvider(
+            settings, keys={"default": SECRET}, client=bench.client, links=InlineLinks(), questions_per_s=500
+        )
+
+    return make
+
+
 #: Providers that call a service; one line each.
 SERVICES: Mapping[str, Make] = {
     "openai_images": _openai_images,
     "comfyui": _comfyui,
+    "dashscope": _dashscope("wan2.5-i2i-preview"),
+    "dashscope, messages": _dashscope("wan2.6-image"),
+    "dashscope, no tasks": _dashscope("qwen-image-edit-plus"),
 }
 PROVIDERS: Mapping[str, Make] = {"local": _local, **SERVICES}
 
