@@ -505,18 +505,13 @@ class PostgresJobStore:
         """All images of the order, by index."""
         async with self._reads.use() as connection:
             records = await connection.fetch(_ORDERS["load_images"], order_id)
-        return [
-            ImageRow(
-                record["index"],
-                record["prompt"],
-                record["status"],
-                record["provider"],
-                record["locator"],
-                record["object_key"],
-                record["call_id"],
-            )
-            for record in records
-        ]
+        return [_image(record) for record in records]
+
+    async def load_image(self, order_id: int, index: int) -> ImageRow | None:
+        """One image of the order, or None when it has none of this index."""
+        async with self._reads.use() as connection:
+            record = await connection.fetchrow(_ORDERS["load_image"], order_id, index)
+        return None if record is None else _image(record)
 
     async def open_call(self, job_id: int) -> ProviderCall | None:
         """The newest call that an earlier attempt of this job noted, if its end is unknown."""
@@ -555,4 +550,16 @@ def _job(record: asyncpg.Record, queue: str) -> Job:
         deaths=record["deaths"] or 0,
         token=record["token"],
         key_alias=record["key_alias"],
+    )
+
+
+def _image(record: asyncpg.Record) -> ImageRow:
+    return ImageRow(
+        record["index"],
+        record["prompt"],
+        record["status"],
+        record["provider"],
+        record["locator"],
+        record["object_key"],
+        record["call_id"],
     )
