@@ -144,6 +144,12 @@ class PostgresJobStore:
         self._on_silence: Callable[[], None] | None = None
         self._on_probe: Callable[[str], None] | None = None
 
+    async def connect(self) -> None:
+        """Open what a first job would otherwise wait for; the first heartbeat opens the listening connection."""
+        for session in (self._claims, self._finishes, self._reads):
+            async with session.use():
+                pass
+
     async def close(self) -> None:
         """Close all connections."""
         self._on_silence = None
@@ -440,7 +446,8 @@ class PostgresJobStore:
         for statement, group in writes.by_statement(write for t in transitions for write in t.writes):
             document = json.dumps([writes.row(write) for write in group])
             applied = {tuple(record.values()) for record in await connection.fetch(_ORDERS[statement], document)}
-            touched |= {write.order_id for write in group}
+            if statement not in writes.OF_CALLS:
+                touched |= {write.order_id for write in group}
             for write in group:
                 if writes.key(write) in applied:
                     following += [writes.job_row(job) for job in getattr(write, "then", ())]
