@@ -116,12 +116,13 @@ class _Api:
         return web.json_response({"object": "list", "data": models})
 
     async def _call(self, request: web.Request, read: Callable[[web.Request], Awaitable[_Wish]]) -> web.Response:
+        began_at = asyncio.get_running_loop().time()
         key = self._key(request)
         with self._shop.enter(API, key) as full:
             if full is not None:
                 raise _rate_limited(full.retry_after_s)
             wish = await read(request)
-            files = await self._make(request, key, wish)
+            files = await self._make(request, key, wish, began_at)
             return files if isinstance(files, web.Response) else await self._answer(wish, files)
 
     def _key(self, request: web.Request) -> str:
@@ -131,7 +132,7 @@ class _Api:
         self._shop.account(API, "").unauthorised += 1
         raise ApiError(401, "You didn't provide an API key.", code="invalid_api_key")
 
-    async def _make(self, request: web.Request, key: str, wish: _Wish) -> list[File] | web.Response:
+    async def _make(self, request: web.Request, key: str, wish: _Wish, began_at: float) -> list[File] | web.Response:
         """Files that were bought, or the answer of a proxy in between."""
         shop, digest = self._shop, prompt_digest(wish.prompt)
         self._calls_of_prompt[digest] += 1
@@ -151,7 +152,7 @@ class _Api:
                 if request.transport is not None:
                     request.transport.abort()
                 return web.Response()
-        await shop.work(fault)
+        await shop.work(fault, began_at=began_at)
         if fault is Fault.ERROR:
             raise ApiError(500, "The server had an error while processing your request.", kind="server_error")
         files = shop.buy(API, wish.prompt, wish.count // 2 if fault is Fault.PARTIAL else wish.count)
@@ -160,7 +161,7 @@ class _Api:
         return files
 
     async def _answer(self, wish: _Wish, files: list[File]) -> web.Response:
-        data = [await self._item(wish, file) for file in files]
+        data = await asyncio.to_thread(lambda: [self._item(wish, file) for file in files])
         if wish.is_gateway:
             usage = {"prompt_tokens": 50, "completion_tokens": 50, "total_tokens": 100}
             return web.json_response({"data": data, "model": wish.model, "usage": usage})
@@ -171,13 +172,13 @@ class _Api:
             body["usage"] = {"total_tokens": 100, "input_tokens": 50, "output_tokens": 50, "input_tokens_details": details}
         return web.json_response(body)
 
-    async def _item(self, wish: _Wish, file: File) -> dict[str, str]:
+    def _item(self, wish: _Wish, file: File) -> dict[str, str]:
         item = {"url": "", "b64_json": "", "revised_prompt": ""} if wish.is_gateway else {}
         if wish.model == "dall-e-3":
             item["revised_prompt"] = wish.prompt
         if wish.as_url:
             return item | {"url": self._shop.link(file)}
-        content = await asyncio.to_thread(lambda: _in_format(file.content(), wish.output_format))
+        content = _in_format(file.content(), wish.output_format)
         return item | {"b64_json": base64.b64encode(content).decode()}
 
 
