@@ -23,11 +23,12 @@ from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
 from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
-from jobdaemon.ports import ArtifactStore, BeautifyBackend, Provider, Stage
+from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
+from jobdaemon.settings_generate import PhotoLink
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,7 +213,7 @@ def open_backend(settings: Settings) -> BeautifyBackend:
     return OpenCVBackend(threads=settings.beautify.threads, limits=limits)
 
 
-def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:  # noqa: ARG001
+def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:
     """
     The providers this daemon can call, by name: those whose section has what it takes.
 
@@ -230,7 +231,9 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
     if "comfyui" in usable:
         providers["comfyui"] = _comfyui_provider(settings, services)
     if "dashscope" in usable:
-        providers["dashscope"] = _dashscope_provider(settings, services)
+        providers["dashscope"] = _dashscope_provider(settings, services, artifacts)
+    if "jimeng" in usable:
+        providers["jimeng"] = _jimeng_provider(settings, services, artifacts)
     return providers
 
 
@@ -274,14 +277,54 @@ def _openai_images_provider(settings: Settings, services: GuardedClient) -> Prov
     )
 
 
-def _dashscope_provider(settings: Settings, services: GuardedClient) -> Provider:
+def _dashscope_provider(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> Provider:
     from jobdaemon.providers.dashscope import DashScopeProvider
-    from jobdaemon.providers.photo_links import InlineLinks
 
     section = settings.generate.dashscope
-    if section.photo != "inline":
-        raise SettingsError(f'generate.dashscope.photo: there is no {section.photo!r}; there is "inline"')
-    return DashScopeProvider(section, keys=_secrets(section.api_key, section.keys), client=services, links=InlineLinks())
+    return DashScopeProvider(
+        section,
+        keys=_secrets(section.api_key, section.keys),
+        client=services,
+        links=photo_links(settings, section.photo, services, artifacts),
+    )
+
+
+def _jimeng_provider(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> Provider:
+    from jobdaemon.providers.jimeng import JimengProvider, KeyPair
+    from jobdaemon.providers.photo_links import one_at_a_time
+
+    section = settings.generate.jimeng
+    keys = {}
+    if section.access_key_id is not None and section.secret_access_key is not None:
+        keys["default"] = KeyPair(section.access_key_id.get_secret_value(), section.secret_access_key.get_secret_value())
+    return JimengProvider(
+        section,
+        keys=keys,
+        client=services,
+        photos=one_at_a_time(photo_links(settings, section.photo, services, artifacts)),
+        max_image_bytes=settings.photos.result_max_bytes,
+    )
+
+
+def photo_links(settings: Settings, choice: PhotoLink, services: GuardedClient, artifacts: ArtifactStore) -> PhotoLinks:
+    """
+    How a provider gets the photo, *choice* being what its section says.
+
+    Raises:
+        SettingsError: what the choice needs is not set.
+    """
+    from jobdaemon.providers.photo_links import InlineLinks, StoreLinks, SuperbedLinks
+
+    if choice == "inline":
+        return InlineLinks()
+    if choice == "superbed":
+        return SuperbedLinks(settings.superbed, services)
+    if settings.store.kind != "r2":
+        raise SettingsError('photo is "store", but providers can fetch nothing from a folder: set store.kind to "r2"')
+    from jobdaemon.storage.r2 import R2Store
+
+    assert isinstance(artifacts, R2Store)
+    return StoreLinks(artifacts.signed_url)
 
 
 @dataclass(frozen=True, slots=True)

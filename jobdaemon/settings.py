@@ -85,6 +85,7 @@ PROVIDERS = (
     "openai_images",
     "comfyui",
     "dashscope",
+    "jimeng",
 )
 BACKENDS = ("opencv",)
 #: The door's own bound: enqueue_order refuses longer prompts.

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from jobdaemon.providers.volc_signature import KeyPair, canonical_query, canonical_request, signed_headers, signing_key
+from jobdaemon.providers.jimeng.signature import KeyPair, canonical_query, canonical_request, signed_headers, signing_key
 
 ID, SECRET = "AKLTEXAMPLE1234567890", "SKEXAMPLEexampleEXAMPLE=="
 NOW = datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC)
