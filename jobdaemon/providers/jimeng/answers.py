@@ -88,7 +88,7 @@ class Told:
 
     Attributes:
         code: the service's own; None when something in front of it answered.
-        data: of a good answer.
+        data: of a good answer; empty where it has none.
         error: what another one means.
     """
 
@@ -135,10 +135,7 @@ def told_in(answer: Answer, *, is_submit: bool, pair: KeyPair, now: datetime) ->
         kind = KINDS.get(code, kind_of_status(answer.status, is_submit=is_submit))
         return Told(code, error=_error(kind, answer, asked, f"{body.get('message') or 'no reason given'} [{code}]", pair))
     data = body.get("data")
-    if not isinstance(data, dict):
-        kind = Kind.LOST if is_submit else Kind.RETRY
-        return Told(None, error=_error(kind, answer, asked, "success without any data", pair))
-    return Told(code, data)
+    return Told(code, data if isinstance(data, dict) else {})
 
 
 def _unread(answer: Answer, *, is_submit: bool) -> Kind:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -90,6 +90,7 @@ class JimengProvider:
         client: GuardedClient,
         photos: PhotoLinks,
         max_image_bytes: int,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """
         Args:
@@ -97,6 +98,7 @@ class JimengProvider:
             client: shared, and left open.
             photos: makes the photo available to the service.
             max_image_bytes: of one image that comes inline; an answer that holds more is given up.
+            clock: aware; what requests are signed with.
 
         Raises:
             SettingsError: no key, one that no header can carry, or a model that does not take the photo as it is set.
@@ -119,6 +121,7 @@ class JimengProvider:
         self._client = client
         self._photos = photos
         self._max_image_bytes = max_image_bytes
+        self._clock = clock
         base = urlsplit(settings.base_url)
         self._host, self._path = base.netloc, f"{base.path}/"
 
@@ -244,7 +247,7 @@ class JimengProvider:
             yield ImageRefused(images[0], str(end.error))
             return
         broken = end.error
-        expires_at = datetime.now(UTC) + _LINK_LIFETIME
+        expires_at = self._clock() + _LINK_LIFETIME
         for index, image in zip(images, end.images, strict=False):
             try:
                 made = image.event(index, self._max_image_bytes, expires_at)
@@ -266,7 +269,7 @@ class JimengProvider:
         content = json.dumps(body, ensure_ascii=False).encode()
         query = {"Action": action, "Version": _VERSIONS[action]}
         headers = signed_headers(
-            pair, method="POST", host=self._host, path=self._path, query=query, body=content, now=datetime.now(UTC)
+            pair, method="POST", host=self._host, path=self._path, query=query, body=content, now=self._clock()
         )
         answer = await self._client.call(
             "POST",
@@ -276,4 +279,4 @@ class JimengProvider:
             max_bytes=max_images * (self._max_image_bytes * 4 // 3 + 4) + _MAX_FRAME_BYTES,
             timeout=_CALL_TIMEOUT,
         )
-        return told_in(answer, is_submit=action == _SUBMIT, pair=pair, now=datetime.now(UTC))
+        return told_in(answer, is_submit=action == _SUBMIT, pair=pair, now=self._clock())
