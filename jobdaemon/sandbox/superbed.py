@@ -2,7 +2,7 @@
 Superbed: photos are uploaded under a token and lie there until they are deleted; about every second link is a redirect.
 
 It has no limits, and nothing goes wrong, except under a token that begins with ``faulty``: there, uploads have the faults of the
-image APIs. An upload takes an eighth of the behaviour's latency.
+image APIs. An upload takes a fortieth of the behaviour's latency.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jobdaemon.sandbox.fetching import UnfetchableError, fetched, is_picture
 from jobdaemon.sandbox.shop import Shop
 
 API = "superbed"
-_TAKES_SHARE = 1 / 8
+_TAKES_SHARE = 1 / 40
 _MAX_PHOTO_BYTES = 50 * 1024 * 1024
 #: Photos that are kept; older ones are gone.
 _MAX_ITEMS = 200
