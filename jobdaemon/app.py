@@ -294,14 +294,16 @@ def _jimeng_provider(settings: Settings, services: GuardedClient, artifacts: Art
     from jobdaemon.providers.photo_links import one_at_a_time
 
     section = settings.generate.jimeng
-    keys = {}
     if section.access_key_id is not None and section.secret_access_key is not None:
-        keys["default"] = KeyPair(section.access_key_id.get_secret_value(), section.secret_access_key.get_secret_value())
+        pair = KeyPair(section.access_key_id.get_secret_value(), section.secret_access_key.get_secret_value())
+        keys = {"default": pair}
+    else:
+        keys = {alias: KeyPair.parsed(text) for alias, text in _secrets(None, section.keys).items()}
     return JimengProvider(
         section,
         keys=keys,
         client=services,
-        photos=one_at_a_time(photo_links(settings, section.photo, services, artifacts)),
+        links=one_at_a_time(photo_links(settings, section.photo, services, artifacts)),
         max_image_bytes=settings.photos.result_max_bytes,
     )
 

@@ -145,6 +145,7 @@ class JimengSettings(Section):
         access_key_id_file: a file that holds it.
         secret_access_key: contents of *secret_access_key_file*, when given.
         secret_access_key_file: a file that holds it.
+        keys: several keys with limits of their own instead, each ``<access key id>:<secret access key>``.
         req_key: the model.
         images_per_call: most images of one call; more than one lets the prompt decide how many come, each of them paid for.
         width: pixels.
@@ -161,6 +162,7 @@ class JimengSettings(Section):
     access_key_id_file: OptionalPath = None
     secret_access_key: OptionalSecret = None
     secret_access_key_file: OptionalPath = None
+    keys: ProviderKeys = ()
     req_key: Annotated[str, Field(min_length=1, max_length=200)] = "jimeng_t2i_v40"
     images_per_call: ImagesPerCall = 1
     width: Pixels = 1104
@@ -210,7 +212,8 @@ class GenerateSettings(Section):
             "local": True,
             "openai_images": self.openai_images.api_key is not None or bool(self.openai_images.keys),
             "dashscope": self.dashscope.api_key is not None or bool(self.dashscope.keys),
-            "jimeng": self.jimeng.access_key_id is not None and self.jimeng.secret_access_key is not None,
+            "jimeng": (self.jimeng.access_key_id is not None and self.jimeng.secret_access_key is not None)
+            or bool(self.jimeng.keys),
             "comfyui": bool(self.comfyui.servers) and self.comfyui.workflow is not None,
         }
         return tuple(name for name, is_usable in has_what_it_takes.items() if is_usable)
@@ -247,9 +250,9 @@ def provider_contradictions(generate: GenerateSettings, superbed: SuperbedSettin
         if not getattr(getattr(generate, chosen), name):
             or_file = "" if chosen == "comfyui" else f" (or generate.{chosen}.{name}_file)"
             yield Problem(f"generate.{chosen}.{name}", f'must be set{or_file}, because orders.provider is "{chosen}"')
-    for name in ("openai_images", "dashscope"):
-        if getattr(generate, name).api_key is not None and getattr(generate, name).keys:
-            yield Problem(f"generate.{name}.api_key", f"is given beside generate.{name}.keys: one of the two")
+    for name, field in (("openai_images", "api_key"), ("dashscope", "api_key"), ("jimeng", "access_key_id")):
+        if getattr(getattr(generate, name), field) is not None and getattr(generate, name).keys:
+            yield Problem(f"generate.{name}.{field}", f"is given beside generate.{name}.keys: one of the two")
     for name, section in (("dashscope", generate.dashscope), ("jimeng", generate.jimeng)):
         if name not in (*generate.usable(), chosen):
             continue

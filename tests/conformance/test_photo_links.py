@@ -27,12 +27,14 @@ from jobdaemon.errors import (
     StoreUnavailableError,
 )
 from jobdaemon.http import Answer, GuardedClient
+from jobdaemon.providers.dashscope import DashScopeProvider
 from jobdaemon.providers.photo_links import InlineLinks, StoreLinks, SuperbedLinks, link_in, one_at_a_time
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import load_settings
-from jobdaemon.settings_generate import SuperbedSettings
+from jobdaemon.settings_generate import DashScopeSettings, SuperbedSettings
 from jobdaemon.storage.files import FilesStore
 from jobdaemon.storage.r2 import R2Store
+from tests.conformance.provider_promises import outcome, wanted
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(200)
 TOKEN = "superbed-token-0123456789"
@@ -287,3 +289,14 @@ async def test_the_settings_choose(client: GuardedClient, tmp_path: Any, s3_url:
     assert (await links.link(photo(), unloadable)).startswith(f"{s3_url}/photos/work/1/")
     await bucket.close()
     await folder.close()
+
+
+async def test_dashscope_takes_a_link(sandbox: Sandbox, make: Make, client: GuardedClient) -> None:
+    """A provider that usually gets the photo inline gets it by a link when its section says so."""
+    sandbox.behaviour.latency_s = 0.01
+    settings = DashScopeSettings(base_url=sandbox.url, photo="superbed", poll=timedelta(milliseconds=5))
+    provider = DashScopeProvider(settings, keys={"a": "sk-link"}, client=client, links=make(), questions_per_s=500)
+    seen = await outcome(provider, wanted(provider, at_most=1))
+    assert seen.error is None
+    assert len(seen.made) == 1
+    assert uploads(sandbox)["calls"] == 1

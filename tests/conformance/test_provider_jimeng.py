@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
+from jobdaemon.app import open_providers
 from jobdaemon.errors import (
     AnswerLostError,
     KeyRefusedError,
@@ -28,6 +31,7 @@ from jobdaemon.ports import (
     GenerateRequest,
     ImageMade,
     ImageRefused,
+    Provider,
     ProviderCall,
     ProviderEvent,
     Submitting,
@@ -39,7 +43,9 @@ from jobdaemon.providers.jimeng.answers import GATEWAY_KINDS, KINDS, VERDICTS, e
 from jobdaemon.providers.photo_links import InlineLinks, SuperbedLinks
 from jobdaemon.providers.wire import Kind
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
+from jobdaemon.settings import load_settings
 from jobdaemon.settings_generate import JimengSettings, SuperbedSettings
+from jobdaemon.storage.files import FilesStore
 from tests.conformance.provider_promises import MAX_IMAGE_BYTES, Outcome, content_of, hostile, outcome, wanted
 from tests.daemons import until
 
@@ -167,6 +173,15 @@ def test_retry_after_is_kept() -> None:
     assert error.retry_after == timedelta(seconds=7)
 
 
+def test_the_docs_list_every_code() -> None:
+    """The table of docs/providers.md has the codes of both tables, each once."""
+    text = (Path(__file__).parents[2] / "docs" / "providers.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- jimeng errors -->")[2].partition("<!--")[0]
+    listed = re.findall(r"\b50\d{3}\b|`(\w+)`", table)
+    codes = [*map(str, KINDS), *GATEWAY_KINDS]
+    assert sorted(re.findall(r"\b50\d{3}\b", table) + [name for name in listed if name]) == sorted(codes)
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -244,7 +259,7 @@ def make(sandbox: Sandbox, client: GuardedClient) -> Make:
             settings,
             keys={"default": KEYS} if keys is None else keys,
             client=client,
-            photos=InlineLinks() if settings.photo == "inline" else SuperbedLinks(superbed, client),
+            links=InlineLinks() if settings.photo == "inline" else SuperbedLinks(superbed, client),
             max_image_bytes=MAX_IMAGE_BYTES,
             **({} if clock is None else {"clock": clock}),
         )
@@ -308,6 +323,29 @@ def test_half_a_key_is_refused_in_the_settings(make: Make, pair: KeyPair) -> Non
         make(keys={"main": pair})
     with pytest.raises(SettingsError, match="must be set"):
         make(keys={})
+
+
+def test_several_keys_are_pairs(tmp_path: Path, client: GuardedClient) -> None:
+    """Each key of the settings is both parts in one text; half of one is told by its alias."""
+    chosen = {"PHOTO": "inline", "REQ_KEY": "jimeng_i2i_v30"}
+    environ = {"JOBDAEMON_DATA_DIR": str(tmp_path)} | {
+        f"JOBDAEMON_GENERATE__JIMENG__{name}": value for name, value in chosen.items()
+    }
+    store = FilesStore(tmp_path / "artifacts")
+
+    def opened(*keys: tuple[str, str]) -> Provider:
+        text = json.dumps([{"alias": alias, "key": key} for alias, key in keys])
+        settings = load_settings(environ=environ | {"JOBDAEMON_GENERATE__JIMENG__KEYS": text})
+        return open_providers(settings, client, store)["jimeng"]
+
+    provider = opened(("a", "AKa:SKa=="), ("b", "AKb:SK:b=="))
+    assert isinstance(provider, JimengProvider)
+    assert provider._keys == {"a": KeyPair("AKa", "SKa=="), "b": KeyPair("AKb", "SK:b==")}
+    with pytest.raises(SettingsError, match="key b is not the two parts"):
+        opened(("a", "AKa:SKa=="), ("b", "AKb"))
+    environ |= {f"JOBDAEMON_GENERATE__JIMENG__{name}": "x" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+    with pytest.raises(SettingsError, match=r"generate\.jimeng\.access_key_id"):
+        opened(("a", "AKa:SKa=="))
 
 
 async def test_a_photo_that_is_too_heavy_costs_nothing(make: Make, sandbox: Sandbox) -> None:
@@ -473,7 +511,7 @@ async def test_a_service_that_is_away_cannot_cancel() -> None:
     """A cancel that nobody heard may be tried again."""
     client = GuardedClient(allowed_hosts=["127.0.0.1"])
     settings = JimengSettings(base_url="http://127.0.0.1:9")
-    provider = JimengProvider(settings, keys={"k": KEYS}, client=client, photos=InlineLinks(), max_image_bytes=MAX_IMAGE_BYTES)
+    provider = JimengProvider(settings, keys={"k": KEYS}, client=client, links=InlineLinks(), max_image_bytes=MAX_IMAGE_BYTES)
     with pytest.raises(ProviderUnavailableError, match="could not be reached"):
         await provider.cancel(ProviderCall(1, "x:1", (7,), None, datetime.now(UTC)))
     await client.close()
@@ -568,9 +606,7 @@ async def against(bodies: list[Any], **chosen: Any) -> Outcome:
         settings = JimengSettings.model_validate(
             {"base_url": url, "req_key": "jimeng_t2i_v40", "photo": "store", "poll": "1ms", "task_timeout": "2s"} | chosen
         )
-        provider = JimengProvider(
-            settings, keys={"k": KEYS}, client=client, photos=InlineLinks(), max_image_bytes=MAX_IMAGE_BYTES
-        )
+        provider = JimengProvider(settings, keys={"k": KEYS}, client=client, links=InlineLinks(), max_image_bytes=MAX_IMAGE_BYTES)
         seen = await outcome(provider, wanted(provider, at_most=2))
         await client.close()
     return seen

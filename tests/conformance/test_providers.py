@@ -85,7 +85,7 @@ def _jimeng(bench: Bench) -> Provider:
         JimengSettings(base_url=bench.url, photo="superbed", poll=_POLL, task_timeout=_PATIENCE),
         keys={"default": KeyPair(f"AK{SECRET[2:-2]}", SECRET)},
         client=bench.client,
-        photos=one_at_a_time(SuperbedLinks(superbed, bench.client)),
+        links=one_at_a_time(SuperbedLinks(superbed, bench.client)),
         max_image_bytes=MAX_IMAGE_BYTES,
     )
 
@@ -100,7 +100,7 @@ def _jimeng_inline(bench: Bench) -> Provider:
         JimengSettings(base_url=bench.url, req_key="jimeng_i2i_v30", photo="inline", poll=_POLL, task_timeout=_PATIENCE),
         keys={"default": KeyPair(f"AK{SECRET[2:-2]}", SECRET)},
         client=bench.client,
-        photos=InlineLinks(),
+        links=InlineLinks(),
         max_image_bytes=MAX_IMAGE_BYTES,
     )
 

@@ -45,7 +45,7 @@ async def test_one_real_image(req_key: str) -> None:
         settings,
         keys={"live": KeyPair(_ID, _SECRET)},
         client=client,
-        photos=InlineLinks() if is_inline else SuperbedLinks(superbed, client),
+        links=InlineLinks() if is_inline else SuperbedLinks(superbed, client),
         max_image_bytes=50 * 1024 * 1024,
     )
     seen = await outcome(provider, wanted(provider, prompt="A red square on a white wall, as a drawing.", at_most=1))

@@ -88,7 +88,7 @@ class JimengProvider:
         *,
         keys: Mapping[str, KeyPair],
         client: GuardedClient,
-        photos: PhotoLinks,
+        links: PhotoLinks,
         max_image_bytes: int,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -96,7 +96,7 @@ class JimengProvider:
         Args:
             keys: alias -> key pair; the first one serves requests that name none.
             client: shared, and left open.
-            photos: makes the photo available to the service.
+            links: makes the photo available to the service.
             max_image_bytes: of one image that comes inline; an answer that holds more is given up.
             clock: aware; what requests are signed with.
 
@@ -119,7 +119,7 @@ class JimengProvider:
         self._settings = settings
         self._keys = dict(keys)
         self._client = client
-        self._photos = photos
+        self._links = links
         self._max_image_bytes = max_image_bytes
         self._clock = clock
         base = urlsplit(settings.base_url)
@@ -179,7 +179,7 @@ class JimengProvider:
             return {}
         if request.photo.size_bytes > _MAX_PHOTO_BYTES:
             raise ProviderRefusedError(f"{self.name} takes photos of up to 15 MB; this one has {request.photo.size_bytes} bytes")
-        link = await self._photos.link(request.photo, request.load_photo)
+        link = await self._links.link(request.photo, request.load_photo)
         if link.startswith("data:"):
             return {"binary_data_base64": [link.partition(",")[2]]}
         return {"image_urls": [link]}

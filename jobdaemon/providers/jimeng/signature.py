@@ -33,6 +33,12 @@ class KeyPair:
     secret_access_key: str = field(repr=False)
     session_token: str | None = field(default=None, repr=False)
 
+    @classmethod
+    def parsed(cls, text: str) -> KeyPair:
+        """Both parts in one text, ``<access key id>:<secret access key>``; a part that is missing is empty."""
+        access_key_id, _, secret_access_key = text.partition(":")
+        return cls(access_key_id, secret_access_key)
+
 
 def canonical_query(query: Mapping[str, str]) -> str:
     """*query* as it is signed, and as it must be sent."""
