@@ -4,6 +4,7 @@ Every error this package raises on purpose.
     JobdaemonError
       SettingsError               wrong or contradictory settings; exit code 2, never a retry
       DatabaseUnavailableError    Postgres cannot be reached or refuses the login; exit code 3
+        RowsLockedError           somebody holds what a statement needs; the connection is as good as before
       SchemaVersionError          the schema is too old or too new for this program; exit code 3
       LeaseLostError              another worker owns the job; drop the result
       RefusedError                the door said no: full, unknown plan, bad source; exit code 4
@@ -42,6 +43,10 @@ class SettingsError(JobdaemonError):
 
 class DatabaseUnavailableError(JobdaemonError):
     """Postgres cannot be reached, or refuses the login."""
+
+
+class RowsLockedError(DatabaseUnavailableError):
+    """Somebody has held what a statement needs for longer than it waits."""
 
 
 class SchemaVersionError(JobdaemonError):

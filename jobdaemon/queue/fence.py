@@ -60,13 +60,14 @@ _STATUS = {
 _SPENDS_AN_ATTEMPT = {End.SUCCEEDED, End.RETRY, End.FAILED}
 
 
-def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool) -> Ruling:
+def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool, is_living: bool = False) -> Ruling:
     """
     Decide about one transition.
 
     Args:
         held: the job's row, locked; None when it is gone.
         order_has_ended: its order is completed, partial, failed, cancelled or gone.
+        is_living: the daemon that runs it beats; a rescue may come after that.
     """
     job, end = transition.job, transition.end
     if held is None or held.token != job.token:
@@ -74,6 +75,8 @@ def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool)
     if held.status != JobStatus.DOING:
         # Only the holder of the token can have ended the job and left the token in place: our earlier try did commit.
         return Ruling(Verdict.LEASE_LOST if end is End.CHECKPOINT else Verdict.ACCEPTED, job)
+    if end is End.INTERRUPTED and is_living:
+        return Ruling(Verdict.LEASE_LOST, job)
     # The upload of its last image may end an order before the generate attempt that made it has ended: that attempt succeeded.
     has_nothing_to_drop = end is End.SUCCEEDED and not transition.writes and not held.abort_requested
     if order_has_ended and not job.outlives_its_order and not has_nothing_to_drop:

@@ -128,7 +128,7 @@ class Supervisor:
                 runner=runner,
                 events=events,
                 daemon_id=lambda: self.daemon_id,
-                on_lease_lost=self._heartbeat.beat_now,
+                on_lease_lost=self._heartbeat.beat_first,
                 until_lease_holds=self._until_it_may_claim,
                 keys=rules.keys,
             )
@@ -142,7 +142,6 @@ class Supervisor:
             poll=engine.poll,
             lease=engine.lease,
             daemon_id=lambda: self.daemon_id,
-            may_rescue=self._heartbeat.may_rescue,
             on_drain=self._drain,
             images_per_call=images_per_call,
         )
@@ -254,6 +253,7 @@ class Supervisor:
             was=self._heartbeat.daemon_id,
         )
         self._committer.daemon_id = daemon_id
+        self._upkeep.look()
         return daemon_id
 
     async def _stop_in_order(

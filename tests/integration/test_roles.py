@@ -109,7 +109,10 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
             assert (await store.commit([transition], daemon_id=daemon_id)).verdicts == [Verdict.ACCEPTED]
         await store.promote()
         await store.queue_rows(QUEUES, 0)
-        await store.lost_jobs(daemon_id, [], lease=None)
+        assert await store.heartbeat(daemon_id, lease=timedelta(seconds=15), timeout=timedelta(seconds=5))
+        await store.lost_jobs(daemon_id, [], lease=timedelta(seconds=15))
+        await store.adopt_jobs(daemon_id, [job])
+        assert await store.locked_jobs([job]) == set()
         await store.tell_orders([job.order_id])
         assert await store.load_order(job.order_id) is not None
         assert len(await store.load_images(job.order_id)) == 2

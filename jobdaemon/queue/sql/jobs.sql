@@ -13,8 +13,13 @@ FROM worker
 RETURNING id;
 
 -- name: heartbeat
--- Says that the daemon lives; no row means that somebody removed it and it has to register again.
-UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = clock_timestamp() WHERE id = $1 RETURNING id;
+-- Says that the daemon lives, and how long its lease is ($2, seconds); no row means that somebody removed it and it has to
+-- register again. Two beats further apart than half the lease, by this clock, are a gap.
+UPDATE jobdaemon.procrastinate_workers w SET last_heartbeat = beat.at, lease = beat.lease,
+    steady_since = CASE WHEN w.last_heartbeat BETWEEN beat.at - beat.lease / 2 AND beat.at
+        THEN coalesce(w.steady_since, beat.at) ELSE beat.at END
+FROM (SELECT clock_timestamp() AS at, $2 * interval '1 second' AS lease) AS beat
+WHERE w.id = $1 RETURNING w.id;
 
 -- name: answers
 -- Whether this server takes writes; a standby, or the old primary after a failover, does not.
@@ -95,16 +100,35 @@ SET status = CASE WHEN j.status = 'todo' THEN 'cancelled' ELSE j.status END, abo
 FROM locked l WHERE j.id = l.id;
 
 -- name: lost_jobs
--- Running jobs whose worker is gone or silent for longer than the lease ($1, seconds; NULL: not asked), and those of worker $3
--- that are not among those it knows to run ($4). No lock: the fence decides.
+-- Running jobs whose worker is gone, or silent for longer than its lease and than ours ($1, seconds); those of worker $3 that are
+-- not among those it knows to run ($4); and those it runs that have no worker, since somebody removed its row. Others are judged
+-- only by a worker whose own beats have come without a gap for a whole lease, the last one within half a lease: after an outage, a
+-- long lock, a standstill of all or a leap of the clock everybody looks silent, itself included. One reading of the clock is for
+-- both, so that it does not matter how long this statement had to wait. No lock: the fence decides.
+WITH look AS MATERIALIZED (
+    SELECT c.at, c.lease, EXISTS (SELECT FROM jobdaemon.procrastinate_workers w
+        WHERE w.id = $3 AND w.last_heartbeat BETWEEN c.at - c.lease / 2 AND c.at AND w.steady_since <= c.at - c.lease) AS may_judge
+    FROM (SELECT clock_timestamp() AS at, $1 * interval '1 second' AS lease) AS c
+)
 SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id
-FROM jobdaemon.procrastinate_jobs j
+FROM look l CROSS JOIN jobdaemon.procrastinate_jobs j
 LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
 WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
-    AND (w.id IS NULL AND $1::float8 IS NOT NULL OR w.last_heartbeat < clock_timestamp() - $1 * interval '1 second'
-        OR j.worker_id = $3)
-    AND NOT (j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true))
+    AND CASE WHEN j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true) THEN j.worker_id IS NULL
+        WHEN j.worker_id = $3 THEN true
+        ELSE l.may_judge AND (w.id IS NULL
+            OR w.last_heartbeat NOT BETWEEN l.at - greatest(l.lease, w.lease) AND l.at + greatest(l.lease, w.lease)) END
 ORDER BY j.id LIMIT $2;
+
+-- name: adopt_jobs
+-- Running jobs that belong to nobody become those of worker $1, where the tokens ($3) of its attempts still hold.
+WITH own AS (
+    SELECT j.id FROM unnest($2::bigint[], $3::bigint[]) AS a (id, token)
+    JOIN jobdaemon.procrastinate_jobs j ON j.id = a.id AND j.token = a.token
+    WHERE j.status = 'doing' AND j.worker_id IS NULL AND EXISTS (SELECT FROM jobdaemon.procrastinate_workers w WHERE w.id = $1)
+    ORDER BY j.id FOR UPDATE OF j SKIP LOCKED
+)
+UPDATE jobdaemon.procrastinate_jobs j SET worker_id = $1 FROM own o WHERE j.id = o.id;
 
 -- name: other_deaths
 -- Signs of the last $1 seconds that workers die whatever they run: those that died (silent for $2, and never stopped), without
@@ -127,6 +151,34 @@ SELECT id, finished_at IS NOT NULL AS ended FROM jobdaemon.orders WHERE id = ANY
 -- The jobs of a group of transitions, by id, with what the fence needs.
 SELECT id, status::text, token, abort_requested FROM jobdaemon.procrastinate_jobs
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
+
+-- name: living_jobs
+-- Those of these (locked) jobs whose daemon beats by now: it is no longer silent, so they are its own.
+SELECT j.id FROM jobdaemon.procrastinate_jobs j JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
+WHERE j.id = ANY ($1::bigint[]) AND w.last_heartbeat BETWEEN clock_timestamp() - w.lease AND clock_timestamp() + w.lease;
+
+-- name: locked_jobs
+-- Of these jobs ($1), each with its order ($2), those whose commit would have to wait: somebody holds the job, its order or one of
+-- its images. Takes the others for an instant, and waits for nothing.
+WITH asked AS (
+    SELECT a.job_id, a.order_id FROM unnest($1::bigint[], $2::bigint[]) AS a (job_id, order_id)
+), free_orders AS (
+    SELECT o.id FROM jobdaemon.orders o WHERE o.id = ANY ($2::bigint[]) FOR UPDATE SKIP LOCKED
+), free_jobs AS (
+    SELECT j.id FROM jobdaemon.procrastinate_jobs j WHERE j.id = ANY ($1::bigint[]) FOR UPDATE SKIP LOCKED
+), free_images AS (
+    SELECT i.order_id, i.index FROM jobdaemon.images i WHERE i.order_id = ANY ($2::bigint[]) FOR UPDATE SKIP LOCKED
+), held AS (
+    SELECT NULL::bigint AS job_id, o.id AS order_id FROM jobdaemon.orders o
+    WHERE o.id = ANY ($2::bigint[]) AND o.id NOT IN (SELECT f.id FROM free_orders f)
+    UNION ALL
+    SELECT j.id, NULL FROM jobdaemon.procrastinate_jobs j
+    WHERE j.id = ANY ($1::bigint[]) AND j.id NOT IN (SELECT f.id FROM free_jobs f)
+    UNION ALL
+    SELECT NULL, i.order_id FROM jobdaemon.images i
+    WHERE i.order_id = ANY ($2::bigint[]) AND (i.order_id, i.index) NOT IN (SELECT f.order_id, f.index FROM free_images f)
+)
+SELECT a.job_id FROM asked a WHERE EXISTS (SELECT FROM held h WHERE h.job_id = a.job_id OR h.order_id = a.order_id);
 
 -- name: end_jobs
 -- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten. A job

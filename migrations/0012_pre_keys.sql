@@ -376,6 +376,8 @@ BEGIN
         PERFORM pg_advisory_xact_lock(1784835684, v_queue.id);
         SELECT * INTO v_queue FROM queues q WHERE q.name = p_queue;
     END IF;
+    -- Only here: the lease may have lapsed while we waited for the lock.
+    PERFORM require_lease(p_worker);
     v_limit := queue_capacity(v_queue, p_limit);
     IF v_queue.name IS NULL OR v_limit IS NULL OR v_limit <= 0 THEN
         RETURN;
