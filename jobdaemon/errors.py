@@ -6,6 +6,7 @@ Every error this package raises on purpose.
       DatabaseUnavailableError    Postgres cannot be reached or refuses the login; exit code 3
       SchemaVersionError          the schema is too old or too new for this program; exit code 3
       LeaseLostError              another worker owns the job; drop the result
+        OrderEndedError           nobody works on its order any more
       RefusedError                the door said no: full, unknown plan, bad source; exit code 4
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
@@ -50,6 +51,10 @@ class SchemaVersionError(JobdaemonError):
 
 class LeaseLostError(JobdaemonError):
     """The attempt's token no longer holds: its result must be dropped."""
+
+
+class OrderEndedError(LeaseLostError):
+    """The order was cancelled, expired or ended: nobody goes on with what the attempt has bought."""
 
 
 class RefusedError(JobdaemonError):

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
 from jobdaemon.errors import ArtifactMissingError, LeaseLostError, UnsupportedImageError
@@ -55,6 +56,9 @@ class FakeOrders:
 
     async def collectable_call(self, call_id: int) -> ProviderCall | None:
         return self.ended_calls.get(call_id)
+
+    async def unfinished_call(self, call_id: int) -> ProviderCall | None:
+        return self.call if self.call is not None and self.call.id == call_id else None
 
 
 @dataclass(slots=True)
@@ -148,11 +152,18 @@ class FakeAttempt:
     checkpoints: list[Write] = field(default_factory=list)
     lost_after: int | None = None
     on_checkpoint: Callable[[Write], None] = lambda write: None
+    is_spent: bool = False
+    #: What a checkpoint raises once it is refused.
+    loss: type[LeaseLostError] = LeaseLostError
+    instead: Callable[[], Move | Settle | None] = lambda: None
+
+    def if_given_up(self, instead: Callable[[], Move | Settle | None]) -> None:
+        self.instead = instead
 
     async def checkpoint(self, *writes: Write) -> None:
         for write in writes:
             if self.lost_after is not None and len(self.checkpoints) >= self.lost_after:
-                raise LeaseLostError("lost")
+                raise self.loss("lost")
             self.checkpoints.append(write)
             self.on_checkpoint(write)
             if isinstance(write, ImageGenerated | ImageFailed):

@@ -147,6 +147,41 @@ FROM ROWS FROM (jsonb_to_recordset($1::jsonb) AS (queue text, task text, priorit
     WITH ORDINALITY AS n (queue, task, priority, args, delay_s, place)
 LEFT JOIN jobdaemon.orders o ON o.id = (n.args ->> 'order_id')::bigint;
 
+-- name: move_jobs
+-- {job_id, queue, images, tried}: (locked) jobs go on in another provider's queue, with new attempts and the images named.
+-- What an earlier provider has made is not to be had there.
+UPDATE jobdaemon.procrastinate_jobs j
+SET queue_name = m.queue, attempts = 0, scheduled_at = NULL,
+    args = (j.args - 'call') || jsonb_build_object('images', m.images, 'tried', m.tried)
+FROM jsonb_to_recordset($1::jsonb) AS m (job_id bigint, queue text, images jsonb, tried jsonb)
+WHERE j.id = m.job_id;
+
+-- name: open_circuits
+-- Queues of providers whose circuit is not closed, and whether it has been so for $1 seconds.
+SELECT q.name, q.circuit_since <= clock_timestamp() - $1 * interval '1 second' AS is_long FROM jobdaemon.queues q
+WHERE q.circuit <> 'closed' AND q.name LIKE 'generate.%';
+
+-- name: waiting_batches
+-- Ready batches of queue $1 in claim order, $2 passed over, $3 at most. One that has bought something stays, unless calls cost
+-- nothing here ($4): only its provider can say what became of that.
+SELECT j.id, (j.args ->> 'order_id')::bigint AS order_id
+FROM jobdaemon.procrastinate_jobs j
+WHERE j.queue_name = $1 AND j.status = 'todo' AND j.scheduled_at IS NULL AND j.task_name = 'jobdaemon.generate'
+    AND ($4 OR NOT j.args ? 'call' AND NOT EXISTS (
+        SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = j.id AND c.outcome IS NULL))
+ORDER BY j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id
+OFFSET $2 LIMIT $3;
+
+-- name: lock_free_orders
+-- Open ones of these orders; those that somebody holds are left to the next look.
+SELECT o.id, o.plan, o.provider FROM jobdaemon.orders o
+WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL ORDER BY o.id FOR UPDATE SKIP LOCKED;
+
+-- name: lock_waiting
+-- Those of these jobs that still wait in queue $2.
+SELECT j.id, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token FROM jobdaemon.procrastinate_jobs j
+WHERE j.id = ANY ($1::bigint[]) AND j.queue_name = $2 AND j.status = 'todo' ORDER BY j.id FOR UPDATE SKIP LOCKED;
+
 -- name: record_attempts
 -- Why attempts did not succeed: {job_id, order_id, queue, attempt, token, daemon_id, seconds, outcome, error_kind, error}.
 INSERT INTO jobdaemon.attempts
