@@ -118,8 +118,9 @@ class FakeProvider:
     max_images_per_call: int = 5
     is_paid: bool = True
     on_unknown_submit: OnUnknownSubmit = "retry"
-    #: What find_task answers, and the calls that were to be cancelled.
+    #: What find_task answers, what cancel does, and the calls that were to be cancelled.
     found: str | None = None
+    stops: bool | Exception = True
     cancelled: list[ProviderCall] = field(default_factory=list)
 
     async def find_task(self, request: GenerateRequest, call: ProviderCall) -> str | None:
@@ -127,7 +128,9 @@ class FakeProvider:
 
     async def cancel(self, call: ProviderCall) -> bool:
         self.cancelled.append(call)
-        return True
+        if isinstance(self.stops, Exception):
+            raise self.stops
+        return self.stops
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[ProviderEvent, None]:
         self.requests.append(request)
