@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,21 +19,25 @@ from jobdaemon import schema_version
 from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
+from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
 from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
-from jobdaemon.ports import ArtifactStore, BeautifyBackend, Provider, Stage
+from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
+from jobdaemon.settings_generate import PhotoLink
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from pydantic import SecretStr
 
     from jobdaemon.http import GuardedClient
+    from jobdaemon.settings_generate import ProviderKeySettings
 
 
 #: Between two tries to start an embedded server that died.
@@ -106,6 +110,7 @@ def plans(settings: Settings) -> list[Plan]:
             name=name,
             images=plan.images,
             priority=plan.priority,
+            stage_priority=plan.stage_priority.named(),
             lift_after=plan.lift_after,
             expires_after=plan.expires_after,
             max_open_orders=plan.max_open_orders,
@@ -124,9 +129,18 @@ def queue_names(settings: Settings) -> list[str]:
     return sorted(known | {name for name in settings.queues if name != "generate"})
 
 
+def provider_keys(settings: Settings) -> list[ProviderKey]:
+    """The provider keys as rows, without their secrets."""
+    return [
+        ProviderKey(provider, key.alias, key.concurrency, key.rate, key.daily_budget)
+        for provider, keys in settings.provider_keys().items()
+        for key in keys
+    ]
+
+
 async def ensure_rows(store: PostgresJobStore, settings: Settings) -> None:
-    """Insert the plans and queues that are missing; an operator's rows stay as they are."""
-    await store.ensure_rows(queue_names(settings), plans(settings))
+    """Insert the plans, queues and provider keys that are missing; an operator's rows stay as they are."""
+    await store.ensure_rows(queue_names(settings), plans(settings), provider_keys(settings))
 
 
 def require_schema(applied: list[str]) -> None:
@@ -200,7 +214,7 @@ def open_backend(settings: Settings) -> BeautifyBackend:
     return OpenCVBackend(threads=settings.beautify.threads, limits=limits)
 
 
-def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:  # noqa: ARG001
+def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:
     """
     The providers this daemon can call, by name: those whose section has what it takes.
 
@@ -217,6 +231,10 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
         providers["openai_images"] = _openai_images_provider(settings, services)
     if "comfyui" in usable:
         providers["comfyui"] = _comfyui_provider(settings, services)
+    if "dashscope" in usable:
+        providers["dashscope"] = _dashscope_provider(settings, services, artifacts)
+    if "jimeng" in usable:
+        providers["jimeng"] = _jimeng_provider(settings, services, artifacts)
     return providers
 
 
@@ -245,12 +263,71 @@ def _comfyui_provider(settings: Settings, services: GuardedClient) -> Provider:
     return ComfyUIProvider(settings.generate.comfyui, client=services, max_image_bytes=settings.photos.result_max_bytes)
 
 
+def _secrets(single: SecretStr | None, keys: Iterable[ProviderKeySettings]) -> dict[str, str]:
+    """Alias -> key; a single one needs no alias."""
+    secrets = {"default": single} if single is not None else {key.alias: key.key for key in keys}
+    return {alias: secret.get_secret_value() for alias, secret in secrets.items() if secret is not None}
+
+
 def _openai_images_provider(settings: Settings, services: GuardedClient) -> Provider:
     from jobdaemon.providers.openai_images import OpenAIImagesProvider
 
     section = settings.generate.openai_images
-    keys = {} if section.api_key is None else {"default": section.api_key.get_secret_value()}
-    return OpenAIImagesProvider(section, keys=keys, client=services, max_image_bytes=settings.photos.result_max_bytes)
+    return OpenAIImagesProvider(
+        section, keys=_secrets(section.api_key, section.keys), client=services, max_image_bytes=settings.photos.result_max_bytes
+    )
+
+
+def _dashscope_provider(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> Provider:
+    from jobdaemon.providers.dashscope import DashScopeProvider
+
+    section = settings.generate.dashscope
+    return DashScopeProvider(
+        section,
+        keys=_secrets(section.api_key, section.keys),
+        client=services,
+        links=photo_links(settings, section.photo, services, artifacts),
+    )
+
+
+def _jimeng_provider(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> Provider:
+    from jobdaemon.providers.jimeng import JimengProvider, KeyPair
+    from jobdaemon.providers.photo_links import one_at_a_time
+
+    section = settings.generate.jimeng
+    if section.access_key_id is not None and section.secret_access_key is not None:
+        pair = KeyPair(section.access_key_id.get_secret_value(), section.secret_access_key.get_secret_value())
+        keys = {"default": pair}
+    else:
+        keys = {alias: KeyPair.parsed(text) for alias, text in _secrets(None, section.keys).items()}
+    return JimengProvider(
+        section,
+        keys=keys,
+        client=services,
+        links=one_at_a_time(photo_links(settings, section.photo, services, artifacts)),
+        max_image_bytes=settings.photos.result_max_bytes,
+    )
+
+
+def photo_links(settings: Settings, choice: PhotoLink, services: GuardedClient, artifacts: ArtifactStore) -> PhotoLinks:
+    """
+    How a provider gets the photo, *choice* being what its section says.
+
+    Raises:
+        SettingsError: what the choice needs is not set.
+    """
+    from jobdaemon.providers.photo_links import InlineLinks, StoreLinks, SuperbedLinks
+
+    if choice == "inline":
+        return InlineLinks()
+    if choice == "superbed":
+        return SuperbedLinks(settings.superbed, services)
+    if settings.store.kind != "r2":
+        raise SettingsError('photo is "store", but providers can fetch nothing from a folder: set store.kind to "r2"')
+    from jobdaemon.storage.r2 import R2Store
+
+    assert isinstance(artifacts, R2Store)
+    return StoreLinks(artifacts.signed_url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +342,7 @@ class Daemon:
 def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[str, QueueRules]:
     served = [BEAUTIFY_QUEUE, *(generate_queue(name) for name in providers), UPLOAD_QUEUE]
     paid = {generate_queue(name) for name, provider in providers.items() if provider.is_paid}
+    aliases = {generate_queue(name): tuple(key.alias for key in keys) for name, keys in settings.provider_keys().items()}
     rules: dict[str, QueueRules] = {}
     for name in served:
         queue = settings.queue(name)
@@ -272,7 +350,7 @@ def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[
         if queue.team_size > 0:
             # An upload knows what it has stored only when it ends.
             attempt = AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE, is_paid=name in paid)
-            rules[name] = QueueRules(queue.team_size, attempt)
+            rules[name] = QueueRules(queue.team_size, attempt, aliases.get(name))
     return rules
 
 

@@ -11,8 +11,8 @@ Every error this package raises on purpose.
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
           AnswerLostError         it may have done what was asked: nobody knows
-        KeyRefusedError           a key is refused or its account is out of money
         RateLimitedError          a capacity signal: costs no attempt
+        KeyRefusedError           the key rests and the job goes on with another: costs no attempt
         DeviceMemoryError
         StoreUnavailableError
         SourceUnavailableError    one order's photo or link; says nothing about anybody else's
@@ -97,14 +97,17 @@ class RateLimitedError(RetryableError):
 
 class KeyRefusedError(RetryableError):
     """
-    The provider refused this key; another one may serve, or the same after a rest.
+    The provider refused this key, or its account is out of money.
+
+    The key rests, and the job waits for another one without spending an attempt; where the provider's keys are none of the
+    engine's (the job has no key) it is retried as after any other error, so that it ends.
 
     Attributes:
-        is_out_of_money: its account has nothing left to spend.
+        is_out_of_money: the key itself is fine, its account or its quota is empty.
     """
 
-    def __init__(self, message: str, *, is_out_of_money: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, is_out_of_money: bool = False, retry_after: timedelta | None = None) -> None:
+        super().__init__(message, retry_after=retry_after)
         self.is_out_of_money = is_out_of_money
 
 

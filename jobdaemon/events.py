@@ -228,6 +228,16 @@ class CommitFailed(Event):
     is_dropped: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class KeyRested(Event):
+    """A provider refused the key *alias*, or its account is out of money: nothing starts under it for *seconds*."""
+
+    provider: str
+    alias: str
+    seconds: float
+    reason: str
+
+
 E = TypeVar("E", bound=Event)
 Callback = Callable[[Event], None]
 

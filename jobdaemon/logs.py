@@ -31,6 +31,7 @@ from jobdaemon.events import (
     JobIsolated,
     JobsRescued,
     JobStarted,
+    KeyRested,
     LeaseInDoubt,
     LeaseLost,
     LimitAdapted,
@@ -72,6 +73,7 @@ _LINES: Mapping[type[Event], tuple[Level, str]] = {
     DatabaseBack: ("info", "database back"),
     UpkeepFailed: ("warning", "upkeep failed"),
     CommitFailed: ("warning", "commit failed"),
+    KeyRested: ("warning", "key rests"),
 }
 _NAME = "jobdaemon"
 #: These libraries tell each request, or more, at levels that are ours for what an operator must see.

@@ -13,7 +13,7 @@ import difflib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -35,18 +35,23 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.redact import MASK, mask_url
-from jobdaemon.settings_generate import GenerateSettings, SuperbedSettings, provider_contradictions
+from jobdaemon.settings_generate import GenerateSettings, ProviderKeySettings, SuperbedSettings, provider_contradictions
 from jobdaemon.settings_sources import (
+    Path_,
     Problem,
     Source,
     Table,
     choose_forms_of_secrets,
+    dotted,
+    file_form,
     get,
     overlay,
+    place_of,
     put,
     read_environment,
     read_file,
     read_secret_files,
+    secrets_in_arrays,
 )
 from jobdaemon.settings_values import (
     AbsolutePath,
@@ -58,8 +63,10 @@ from jobdaemon.settings_values import (
     NamesByName,
     OptionalNames,
     OptionalPath,
+    OptionalPriority,
     OptionalSecret,
     OptionalText,
+    Priority,
     Prompts,
     Section,
     Share,
@@ -79,6 +86,8 @@ PROVIDERS = (
     "local",
     "openai_images",
     "comfyui",
+    "dashscope",
+    "jimeng",
 )
 BACKENDS = ("opencv",)
 #: The door's own bound: enqueue_order refuses longer prompts.
@@ -154,6 +163,25 @@ class QueueOverrides(Section):
     run_timeout: LongerThanZero | None = None
 
 
+class StagePriorities(Section):
+    """
+    Where a plan's priority differs from stage to stage. None: the plan's own.
+
+    Attributes:
+        beautify: of its photos.
+        generate: of its provider calls, whoever the provider is.
+        upload: of its finished images.
+    """
+
+    beautify: OptionalPriority = None
+    generate: OptionalPriority = None
+    upload: OptionalPriority = None
+
+    def named(self) -> dict[str, int]:
+        """Stage -> priority, for the stages that have one."""
+        return self.model_dump(exclude_none=True)
+
+
 class PlanSettings(Section):
     """
     What a plan buys.
@@ -161,6 +189,7 @@ class PlanSettings(Section):
     Attributes:
         images: of an order that does not ask for fewer.
         priority: higher goes first.
+        stage_priority: in stages where it is to be another.
         lift_after: work that waited longer is lifted over younger work.
         expires_after: an order still open then ends as failed, with a reason.
         max_open_orders: of this plan; more are refused as "queue full". 0 means no limit.
@@ -169,7 +198,8 @@ class PlanSettings(Section):
     """
 
     images: Annotated[Whole, Field(ge=1, le=1_000)]
-    priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)]
+    priority: Priority
+    stage_priority: StagePriorities = StagePriorities()
     lift_after: LongerThanZero
     expires_after: LongerThanZero = timedelta(hours=24)
     max_open_orders: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 100
@@ -181,7 +211,7 @@ class FreePlan(PlanSettings):
     """The defaults of Free."""
 
     images: Annotated[Whole, Field(ge=1, le=1_000)] = 2
-    priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 300
+    priority: Priority = 300
     lift_after: LongerThanZero = timedelta(minutes=5)
 
 
@@ -189,7 +219,7 @@ class StartPlan(PlanSettings):
     """The defaults of Start."""
 
     images: Annotated[Whole, Field(ge=1, le=1_000)] = 30
-    priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 200
+    priority: Priority = 200
     lift_after: LongerThanZero = timedelta(minutes=15)
 
 
@@ -197,7 +227,7 @@ class ProPlan(PlanSettings):
     """The defaults of Pro."""
 
     images: Annotated[Whole, Field(ge=1, le=1_000)] = 70
-    priority: Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)] = 100
+    priority: Priority = 100
     lift_after: LongerThanZero = timedelta(minutes=30)
 
 
@@ -478,6 +508,11 @@ class Settings(Section):
                 values |= overrides.model_dump(exclude_none=True)
         return QueueSettings(**values)
 
+    def provider_keys(self) -> dict[str, tuple[ProviderKeySettings, ...]]:
+        """The keys of each provider that has any."""
+        sections = ((name, getattr(self.generate, name)) for name in type(self.generate).model_fields)
+        return {name: keys for name, section in sections if (keys := getattr(section, "keys", ()))}
+
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, one sentence each. Looks at the rights of the files that hold secrets."""
         return [str(problem) for problem in _warnings(self, self._secret_files)]
@@ -518,7 +553,7 @@ def _shown(value: object, key: str) -> Any:
         case Path():
             return str(value)
         case tuple():
-            return list(value)
+            return [_shown(item, f"{key}.{number}") for number, item in enumerate(value)]
         case dict():
             return {name: _shown(item, f"{key}.{name}") for name, item in value.items()}
         case int() if key.endswith("_bytes"):
@@ -540,6 +575,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
             or_file = f" (or store.r2.{key}_file)" if key in ("access_key_id", "secret_access_key") else ""
             yield Problem(f"store.r2.{key}", f'must be set{or_file}, because store.kind is "r2"')
     yield from _queue_contradictions(settings)
+    yield from _key_contradictions(settings)
     yield from provider_contradictions(settings.generate, settings.superbed, orders.provider, settings.store.kind)
     if orders.provider not in PROVIDERS:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
@@ -584,6 +620,28 @@ def _queue_contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(f"queues.{name}.{key}", f"leaves backoff longer than backoff_cap ({shown})")
 
 
+def _key_contradictions(settings: Settings) -> Iterator[Problem]:
+    for provider, keys in settings.provider_keys().items():
+        aliases: set[str] = set()
+        for number, key in enumerate(keys):
+            place = f"generate.{provider}.keys.{number}"
+            if key.key is None:
+                yield Problem(f"{place}.key", f"must be set (or {place}.key_file)")
+            if key.alias in aliases:
+                yield Problem(f"{place}.alias", f"{key.alias} is the alias of another key")
+            aliases.add(key.alias)
+
+
+def _key_warnings(settings: Settings) -> Iterator[Problem]:
+    call = settings.orders.images_per_call
+    for provider, keys in settings.provider_keys().items():
+        for number, key in enumerate(keys):
+            if key.daily_budget is not None and 0 < key.daily_budget < call:
+                name = f"generate.{provider}.keys.{number}.daily_budget"
+                text = f"is smaller than orders.images_per_call: no call of {call} images ever starts under {key.alias}"
+                yield Problem(name, text, settings.origin(name))
+
+
 def _warnings(settings: Settings, secret_files: Mapping[str, Path]) -> Iterator[Problem]:
     for key, path in secret_files.items():
         try:
@@ -592,6 +650,7 @@ def _warnings(settings: Settings, secret_files: Mapping[str, Path]) -> Iterator[
             continue  # it was there when the settings were loaded; a credential may go away once it is read
         if stat.S_ISREG(mode) and mode & stat.S_IROTH:
             yield Problem(key, f"{path} holds a secret and everyone on this machine can read it: chmod 640", settings.origin(key))
+    yield from _key_warnings(settings)
     store = settings.store
     if store.kind == "r2":
         if store.r2.public_url is None:
@@ -607,7 +666,7 @@ def _warnings(settings: Settings, secret_files: Mapping[str, Path]) -> Iterator[
 # ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 #: Each may be given itself or as a file that holds it, under the same name with ``_file``.
-SECRETS: tuple[tuple[str, ...], ...] = (
+SECRETS: tuple[Path_, ...] = (
     ("database", "url"),
     ("store", "r2", "access_key_id"),
     ("store", "r2", "secret_access_key"),
@@ -637,22 +696,26 @@ def load_settings(path: Path | None = None, environ: Mapping[str, str] | None = 
     file = read_file(path) if path is not None else Source()
     variables = read_environment(environ, {".".join(key).lower(): key for key in keys})
     problems = [*file.problems, *variables.problems]
+    arrays = _key_arrays(keys)
     if path is not None:
-        _resolve_paths(file.table, path.absolute().parent, keys)
-    problems += choose_forms_of_secrets(SECRETS, file, variables)
+        _resolve_paths(file.table, path.absolute().parent, keys, arrays)
+    in_file = [*SECRETS, *secrets_in_arrays(arrays, file.table)]
+    in_either = dict.fromkeys([*in_file, *secrets_in_arrays(arrays, variables.table)])
+    problems += choose_forms_of_secrets(in_either, file, variables)
+    _drop_places_of_replaced(arrays, file, variables)
     table, places = overlay(file.table, variables.table), file.places | variables.places
-    secret_files = {".".join(key): path for key in SECRETS if path is not None and get(file.table, key)}
-    problems += read_secret_files(SECRETS, table, places, secret_files)
+    secret_files = {dotted(key): path for key in in_file if path is not None and get(file.table, key)}
+    problems += read_secret_files([*SECRETS, *secrets_in_arrays(arrays, table)], table, places, secret_files)
     if not get(table, ("data_dir",)):
         table["data_dir"] = _user_folder("data", environ)
     settings = _validated(table, places, problems)
     return settings.loaded_from(places, secret_files)
 
 
-def setting_keys(section: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], FieldInfo]:
+def setting_keys(section: type[BaseModel] | None = None, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], FieldInfo]:
     """Every key of the tree as a path, in order, with its field; the keys of a queue stand once, for the queue ``*``."""
     keys: dict[tuple[str, ...], FieldInfo] = {}
-    for name, field in section.model_fields.items():
+    for name, field in (section or Settings).model_fields.items():
         if name == "queues":
             keys |= setting_keys(QueueOverrides, (*prefix, name, "*"))
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -660,6 +723,17 @@ def setting_keys(section: type[BaseModel] = Settings, prefix: tuple[str, ...] = 
         else:
             keys[(*prefix, name)] = field
     return keys
+
+
+def _key_arrays(keys: Mapping[tuple[str, ...], FieldInfo]) -> dict[Path_, tuple[str, ...]]:
+    """Where provider keys stand, and which of each one's fields are secrets."""
+    arrays: dict[Path_, tuple[str, ...]] = {}
+    for path, field in keys.items():
+        item = next(iter(get_args(field.annotation)), None)
+        if isinstance(item, type) and issubclass(item, ProviderKeySettings):
+            fields = item.model_fields.items()
+            arrays[path] = tuple(name for name, inner in fields if SecretStr in get_args(inner.annotation))
+    return arrays
 
 
 def _config_file(path: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -685,10 +759,21 @@ def _user_folder(kind: Literal["data", "config"], environ: Mapping[str, str]) ->
     return platformdirs.user_data_path("jobdaemon") if kind == "data" else platformdirs.user_config_path("jobdaemon")
 
 
-def _resolve_paths(table: Table, folder: Path, keys: Mapping[tuple[str, ...], FieldInfo]) -> None:
+def _drop_places_of_replaced(arrays: Iterable[Path_], file: Source, variables: Source) -> None:
+    """An array given by a variable replaces the file's whole array."""
+    for array in arrays:
+        if get(variables.table, array) is not None:
+            for place in [place for place in file.places if place.startswith(f"{dotted(array)}.")]:
+                del file.places[place]
+
+
+def _resolve_paths(
+    table: Table, folder: Path, keys: Mapping[tuple[str, ...], FieldInfo], arrays: Mapping[Path_, Iterable[str]]
+) -> None:
     """Relative paths in a file mean places beside that file, wherever the program was started."""
-    for key, field in keys.items():
-        value = get(table, key) if Path in (field.annotation, *get_args(field.annotation)) else None
+    paths: list[Path_] = [key for key, field in keys.items() if Path in (field.annotation, *get_args(field.annotation))]
+    for key in [*paths, *map(file_form, secrets_in_arrays(arrays, table))]:
+        value = get(table, key)
         if isinstance(value, str) and not value.startswith("~"):
             put(table, key, str(folder / value))
 
@@ -711,9 +796,11 @@ def _problems_of(details: ErrorDetails, places: Mapping[str, str]) -> Iterator[P
     context = details.get("ctx", {})
     if details["type"] == "contradiction":
         for problem in context["problems"]:
-            yield Problem(problem.key, problem.text, _place_of(problem.key, places))
+            yield Problem(problem.key, problem.text, place_of(problem.key, places))
         return
-    key = ".".join(part for part in details["loc"] if isinstance(part, str) and part != "[key]")
+    key = dotted(tuple(part for part in details["loc"] if part != "[key]"))
+    if details["loc"] and isinstance(details["loc"][-1], int):
+        key = key.rpartition(".")[0]  # an element of an array of values: the array is the setting
     value = details["input"]
     match details["type"]:
         case "extra_forbidden":
@@ -727,9 +814,16 @@ def _problems_of(details: ErrorDetails, places: Mapping[str, str]) -> Iterator[P
         case _:
             text = details["msg"].replace("Input should", "must").replace("should", "must")
             # Numbers help to find the slip; text could be a secret in the wrong place.
-            is_shown = isinstance(value, int | float) and tuple(key.split(".")) not in SECRETS
+            is_shown = isinstance(value, int | float) and not _is_secret(key)
             text += f", not {value}" if is_shown else ""
-    yield Problem(key, text, _place_of(key, places))
+    yield Problem(key, text, place_of(key, places))
+
+
+def _is_secret(key: str) -> bool:
+    if tuple(key.split(".")) in SECRETS:
+        return True
+    *_, array, number, name = "", "", "", *key.split(".")
+    return array == "keys" and number.isdigit() and name not in ("concurrency", "rate", "daily_budget")
 
 
 def _suggestion(key: str) -> str:
@@ -739,12 +833,3 @@ def _suggestion(key: str) -> str:
     siblings = {path[len(depth)] for path in setting_keys() if path[: len(depth)] == depth and len(path) > len(depth)}
     close = difflib.get_close_matches(name, siblings, n=1)
     return f": did you mean {close[0]}?" if close else ""
-
-
-def _place_of(key: str, places: Mapping[str, str]) -> str:
-    """Where *key* stands, else something in it, else the nearest table around it."""
-    inside = (place for name, place in places.items() if name == key or name.startswith(f"{key}."))
-    if (place := places.get(key) or next(inside, None)) is not None:
-        return place
-    parent = key.rpartition(".")[0]
-    return _place_of(parent, places) if parent else ""

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from jobdaemon.settings_sources import Problem
+from jobdaemon.settings_sources import Problem, array_of_tables
 from jobdaemon.settings_values import (
     Cores,
     LongerThanZero,
     OptionalPath,
     OptionalSecret,
     OptionalText,
+    PerSecond,
     Section,
     ServiceUrl,
     Share,
@@ -28,6 +29,32 @@ PhotoLink = Literal["inline", "store", "superbed"]
 OnUnknownSubmit = Literal["retry", "fail"]
 ImagesPerCall = Annotated[Whole, Field(ge=1, le=15)]
 Pixels = Annotated[Whole, Field(ge=64, le=16_384)]
+
+
+class ProviderKeySettings(Section):
+    """
+    One key of a provider, and what may start under it over all daemons. The limits are written into the database when it does not
+    have this key, and never over what an operator set there.
+
+    Attributes:
+        alias: what rows, logs and the CLI call it.
+        key: the secret. Contents of *key_file*, when given.
+        key_file: a file that holds it.
+        concurrency: most calls at once; None is no limit, as below.
+        rate: calls started per second, evenly spaced.
+        daily_budget: images asked for per day, UTC.
+    """
+
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+    key: OptionalSecret = None
+    key_file: OptionalPath = None
+    concurrency: Annotated[Whole, Field(ge=0, le=100_000)] | None = None
+    rate: PerSecond | None = None
+    daily_budget: Annotated[Whole, Field(ge=0, le=1_000_000_000)] | None = None
+
+
+#: ``[[generate.<provider>.keys]]``: give the section of a provider a field ``keys: ProviderKeys = ()``.
+ProviderKeys = Annotated[tuple[ProviderKeySettings, ...], BeforeValidator(array_of_tables)]
 
 
 class LocalGenerateSettings(Section):
@@ -49,6 +76,7 @@ class OpenAIImagesSettings(Section):
         base_url: with the version, without the path of an endpoint.
         api_key: contents of *api_key_file*, when given.
         api_key_file: a file that holds it.
+        keys: several keys with limits of their own, instead of *api_key*.
         model: what the gateway calls it.
         endpoint: edits sends the photo, generations only the prompt.
         images_per_call: most images of one call; some models make one whatever is asked.
@@ -62,6 +90,7 @@ class OpenAIImagesSettings(Section):
     base_url: ServiceUrl = "https://api.openai.com/v1"
     api_key: OptionalSecret = None
     api_key_file: OptionalPath = None
+    keys: ProviderKeys = ()
     model: Annotated[str, Field(min_length=1, max_length=200)] = "gpt-image-2"
     endpoint: Literal["edits", "generations"] = "edits"
     images_per_call: Annotated[Whole, Field(ge=1, le=10)] = 5
@@ -80,6 +109,7 @@ class DashScopeSettings(Section):
         base_url: of the key's region, without /api/v1.
         api_key: contents of *api_key_file*, when given.
         api_key_file: a file that holds it.
+        keys: several keys with limits of their own, instead of *api_key*.
         workspace: sent as X-DashScope-WorkSpace when given.
         model: decides the endpoint and the form of the request.
         images_per_call: most images of one call; the service makes four at most.
@@ -94,6 +124,7 @@ class DashScopeSettings(Section):
     base_url: ServiceUrl = "https://dashscope.aliyuncs.com"
     api_key: OptionalSecret = None
     api_key_file: OptionalPath = None
+    keys: ProviderKeys = ()
     workspace: OptionalText = None
     model: Annotated[str, Field(min_length=1, max_length=200)] = "wan2.5-i2i-preview"
     images_per_call: Annotated[Whole, Field(ge=1, le=4)] = 4
@@ -114,6 +145,7 @@ class JimengSettings(Section):
         access_key_id_file: a file that holds it.
         secret_access_key: contents of *secret_access_key_file*, when given.
         secret_access_key_file: a file that holds it.
+        keys: several keys with limits of their own instead, each ``<access key id>:<secret access key>``.
         req_key: the model.
         images_per_call: most images of one call; more than one lets the prompt decide how many come, each of them paid for.
         width: pixels.
@@ -130,6 +162,7 @@ class JimengSettings(Section):
     access_key_id_file: OptionalPath = None
     secret_access_key: OptionalSecret = None
     secret_access_key_file: OptionalPath = None
+    keys: ProviderKeys = ()
     req_key: Annotated[str, Field(min_length=1, max_length=200)] = "jimeng_t2i_v40"
     images_per_call: ImagesPerCall = 1
     width: Pixels = 1104
@@ -177,9 +210,10 @@ class GenerateSettings(Section):
         """Names of the providers whose section says enough to call them."""
         has_what_it_takes = {
             "local": True,
-            "openai_images": self.openai_images.api_key is not None,
-            "dashscope": self.dashscope.api_key is not None,
-            "jimeng": self.jimeng.access_key_id is not None and self.jimeng.secret_access_key is not None,
+            "openai_images": self.openai_images.api_key is not None or bool(self.openai_images.keys),
+            "dashscope": self.dashscope.api_key is not None or bool(self.dashscope.keys),
+            "jimeng": (self.jimeng.access_key_id is not None and self.jimeng.secret_access_key is not None)
+            or bool(self.jimeng.keys),
             "comfyui": bool(self.comfyui.servers) and self.comfyui.workflow is not None,
         }
         return tuple(name for name, is_usable in has_what_it_takes.items() if is_usable)
@@ -212,10 +246,13 @@ def provider_contradictions(generate: GenerateSettings, superbed: SuperbedSettin
         "jimeng": ("access_key_id", "secret_access_key"),
         "comfyui": ("servers", "workflow"),
     }
-    for name in needs.get(chosen, ()):
+    for name in () if chosen in generate.usable() else needs.get(chosen, ()):
         if not getattr(getattr(generate, chosen), name):
             or_file = "" if chosen == "comfyui" else f" (or generate.{chosen}.{name}_file)"
             yield Problem(f"generate.{chosen}.{name}", f'must be set{or_file}, because orders.provider is "{chosen}"')
+    for name, field in (("openai_images", "api_key"), ("dashscope", "api_key"), ("jimeng", "access_key_id")):
+        if getattr(getattr(generate, name), field) is not None and getattr(generate, name).keys:
+            yield Problem(f"generate.{name}.{field}", f"is given beside generate.{name}.keys: one of the two")
     for name, section in (("dashscope", generate.dashscope), ("jimeng", generate.jimeng)):
         if name not in (*generate.usable(), chosen):
             continue

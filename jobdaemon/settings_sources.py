@@ -22,7 +22,7 @@ _NOT_SETTINGS = re.compile(r"JOBDAEMON_(CONFIG\Z|TEST_)")
 #: The one short name that the general rule does not give.
 _SHORT_NAMES = {"JOBDAEMON_DATABASE_URL": "database.url"}
 
-Path_ = tuple[str, ...]
+Path_ = tuple[str | int, ...]
 Table = dict[str, Any]
 
 
@@ -52,13 +52,23 @@ class Source:
 
     Attributes:
         table: nested like the tree; queue names are single keys (``table["queues"]["generate.local"]``).
-        places: dotted key of every value and every table header -> ``file:line`` or variable name.
+        places: dotted key of every value and every table header -> ``file:line`` or variable name; a table in an array has its
+            number, from 0, as a part of its key.
         problems: what could not be read; the rest is still there, so that all problems are reported at once.
     """
 
     table: Table = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+
+
+def place_of(key: str, places: Mapping[str, str]) -> str:
+    """Where *key* stands, else something in it, else the nearest table around it; empty when nothing of it stands anywhere."""
+    inside = (place for name, place in places.items() if name == key or name.startswith(f"{key}."))
+    if (place := places.get(key) or next(inside, None)) is not None:
+        return place
+    parent = key.rpartition(".")[0]
+    return place_of(parent, places) if parent else ""
 
 
 def read_file(path: Path) -> Source:
@@ -100,7 +110,8 @@ def _lines(text: str) -> Iterator[tuple[str, int]]:
     tomllib keeps no positions, but it can tell where a statement ends: the first line up to which it parses alone.
     """
     lines = text.split("\n")
-    header: Path_ = ()
+    header: tuple[str, ...] = ()
+    count_by_array: dict[tuple[str, ...], int] = {}
     start = 0
     while start < len(lines):
         for end in range(start + 1, len(lines) + 1):
@@ -114,13 +125,16 @@ def _lines(text: str) -> Iterator[tuple[str, int]]:
         for path in _leaf_paths(statement):
             if lines[start].lstrip().startswith("["):
                 header = path
+                if lines[start].lstrip().startswith("[["):
+                    number = count_by_array[path] = count_by_array.get(path, -1) + 1
+                    header = (*path, str(number))
                 yield ".".join(header), start + 1
             else:
                 yield ".".join(header + path), start + 1
         start = end
 
 
-def _leaf_paths(table: Mapping[str, Any]) -> Iterator[Path_]:
+def _leaf_paths(table: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for key, value in table.items():
         if isinstance(value, dict) and value:
             yield from ((key, *rest) for rest in _leaf_paths(value))
@@ -151,6 +165,11 @@ def _flat_queues(queues: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
     yield from flat.items()
 
 
+def dotted(path: Path_) -> str:
+    """A path as people write it: ``engine.lease``."""
+    return ".".join(map(str, path))
+
+
 def read_environment(environ: Mapping[str, str], keys: Mapping[str, Path_]) -> Source:
     """
     Read ``JOBDAEMON_<SECTION>__<KEY>`` variables; empty ones count as not set.
@@ -164,12 +183,11 @@ def read_environment(environ: Mapping[str, str], keys: Mapping[str, Path_]) -> S
     for name in sorted(environ):
         if not name.startswith(ENVIRONMENT_PREFIX) or _NOT_SETTINGS.match(name) or not environ[name].strip():
             continue
-        dotted = _SHORT_NAMES.get(name) or name.removeprefix(ENVIRONMENT_PREFIX).replace("__", ".").lower()
-        path = _path_of(dotted, keys)
+        path = _path_of(_SHORT_NAMES.get(name) or name.removeprefix(ENVIRONMENT_PREFIX).replace("__", ".").lower(), keys)
         if path is None:
             source.problems.append(Problem("", "is not a setting of jobdaemon", name))
             continue
-        key = ".".join(path)
+        key = dotted(path)
         if key in source.places:
             source.problems.append(Problem(key, f"is already set by {source.places[key]}: unset one of them", name))
             continue
@@ -178,25 +196,29 @@ def read_environment(environ: Mapping[str, str], keys: Mapping[str, Path_]) -> S
     return source
 
 
-def _path_of(dotted: str, keys: Mapping[str, Path_]) -> Path_ | None:
-    first, *middle, last = dotted.split(".") if "." in dotted else (dotted, "")
+def _path_of(name: str, keys: Mapping[str, Path_]) -> Path_ | None:
+    first, *middle, last = name.split(".") if "." in name else (name, "")
     if first == "queues" and middle and all(middle) and f"queues.*.{last}" in keys:
         return ("queues", ".".join(middle), last)
-    return keys.get(dotted) if "*" not in dotted else None
+    return keys.get(name) if "*" not in name else None
 
 
 def put(table: Table, path: Path_, value: object) -> None:
-    """Set a value in a nested table, making the tables on the way."""
+    """Set a value in a nested table, making the tables on the way; a number is a place in an array that is there."""
+    inner: Any = table
     for part in path[:-1]:
-        table = table.setdefault(part, {})
-    table[path[-1]] = value
+        inner = inner[part] if isinstance(part, int) else inner.setdefault(part, {})
+    inner[path[-1]] = value
 
 
 def get(table: Table, path: Path_) -> Any:
     """The value at *path*; None when there is none, or only the empty text."""
     value: Any = table
     for part in path:
-        value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(part, int):
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
     return None if isinstance(value, str) and not value.strip() else value
 
 
@@ -222,23 +244,55 @@ def array_of_text(value: object) -> object:
     return value
 
 
-def _file_form(key: Path_) -> Path_:
+def array_of_tables(value: object) -> object:
+    """A JSON array of objects given as text (as the environment does) becomes a list; everything else is left alone."""
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, list):
+            raise ValueError('must be an array of tables, in a variable [{"alias": "one"}]')  # noqa: TRY004 - as above
+        return parsed
+    return value
+
+
+def secrets_in_arrays(arrays: Mapping[Path_, Iterable[str]], table: Table) -> Iterator[Path_]:
+    """
+    The paths of the secrets in every table of these arrays; an array given as JSON text is put in its place as one.
+
+    Args:
+        arrays: path -> names of the secrets in each of its tables.
+    """
+    for path, names in arrays.items():
+        try:
+            value = array_of_tables(get(table, path))
+        except ValueError:
+            continue  # the validation says so
+        if not isinstance(value, list):
+            continue
+        put(table, path, value)
+        yield from ((*path, number, name) for number, item in enumerate(value) if isinstance(item, dict) for name in names)
+
+
+def file_form(key: Path_) -> Path_:
+    """Where the file that holds this secret is named."""
     return (*key[:-1], f"{key[-1]}_file")
 
 
 def choose_forms_of_secrets(secrets: Iterable[Path_], file: Source, variables: Source) -> Iterator[Problem]:
     """Both forms in one source are a contradiction; a form in the environment replaces either form in the file."""
     for key in secrets:
-        forms = (key, _file_form(key))
+        forms = (key, file_form(key))
         for source in (file, variables):
             if all(get(source.table, form) is not None for form in forms):
-                dotted = ".".join(forms[1])
-                yield Problem(dotted, f"cannot be given together with {'.'.join(key)}", source.places.get(dotted, ""))
+                file_key = dotted(forms[1])
+                yield Problem(file_key, f"cannot be given together with {dotted(key)}", place_of(file_key, source.places))
         if any(get(variables.table, form) is not None for form in forms):
             for form in forms:
                 if get(file.table, form) is not None:
                     put(file.table, form, "")
-                    file.places.pop(".".join(form), None)
+                    file.places.pop(dotted(form), None)
 
 
 def read_secret_files(
@@ -246,11 +300,11 @@ def read_secret_files(
 ) -> Iterator[Problem]:
     """Put what secret files hold where the secret itself would stand; notes the files and places of what it read."""
     for key in secrets:
-        name = get(table, _file_form(key))
+        name = get(table, file_form(key))
         if not isinstance(name, str) or get(table, key) is not None:
             continue
-        dotted, file_key = ".".join(key), ".".join(_file_form(key))
-        place = places.get(file_key, "")
+        own, file_key = dotted(key), dotted(file_form(key))
+        place = place_of(file_key, places)
         try:
             secret = _read_secret(Path(name).expanduser())
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a home directory that does not exist
@@ -258,8 +312,8 @@ def read_secret_files(
             yield Problem(file_key, f"{name} cannot be used: {reason}", place)
             continue
         put(table, key, secret)
-        places[dotted] = f"{name} (named by {place})"
-        secret_files[dotted] = Path(name).expanduser()
+        places[own] = f"{name} (named by {place})"
+        secret_files[own] = Path(name).expanduser()
 
 
 def _read_secret(path: Path) -> str:

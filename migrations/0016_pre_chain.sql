@@ -41,7 +41,8 @@ CREATE FUNCTION abandon_calls(p_orders bigint[]) RETURNS integer
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
 AS $$
 DECLARE
-    v_jobs procrastinate_job_to_defer_v1[];
+    v_calls bigint[];
+    v_jobs bigint[];
 BEGIN
     UPDATE provider_calls c SET outcome = 'unknown', finished_at = coalesce(c.finished_at, now())
         FROM orders o
@@ -49,9 +50,8 @@ BEGIN
             AND o.id = c.order_id AND o.finished_at IS NOT NULL
             AND NOT EXISTS (SELECT FROM procrastinate_jobs j WHERE j.id = c.job_id
                 AND (j.status IN ('todo', 'doing') OR j.status = 'failed' AND o.status <> 'cancelled'));
-    v_jobs := ARRAY(
-        SELECT ROW('generate.' || c.provider, 'jobdaemon.abandon', lifted_priority() - 1, NULL, NULL,
-            jsonb_build_object('order_id', c.order_id, 'call_id', c.id), NULL)::procrastinate_job_to_defer_v1
+    v_calls := ARRAY(
+        SELECT c.id
         FROM provider_calls c JOIN orders o ON o.id = c.order_id
         WHERE c.order_id = ANY (p_orders) AND c.outcome IS NULL AND c.external_task_id IS NOT NULL AND o.finished_at IS NOT NULL
             AND NOT EXISTS (SELECT FROM procrastinate_jobs j WHERE j.id = c.job_id
@@ -61,11 +61,33 @@ BEGIN
                     AND a.status IN ('todo', 'doing') AND a.task_name = 'jobdaemon.abandon'
                     AND a.args -> 'call_id' = to_jsonb(c.id))
         ORDER BY c.id);
-    IF cardinality(v_jobs) > 0 THEN
-        PERFORM procrastinate_defer_jobs_v1(v_jobs);
+    IF cardinality(v_calls) > 0 THEN
+        v_jobs := procrastinate_defer_jobs_v1(ARRAY(
+            SELECT ROW('generate.' || c.provider, 'jobdaemon.abandon', lifted_priority() - 1, NULL, NULL,
+                jsonb_build_object('order_id', c.order_id, 'call_id', c.id), NULL)::procrastinate_job_to_defer_v1
+            FROM provider_calls c WHERE c.id = ANY (v_calls) ORDER BY c.id));
+        -- It is nothing that is to be bought: it takes the call's own key, even when that is paused or has spent its budget.
+        UPDATE procrastinate_jobs j SET key_alias = c.key_alias
+            FROM provider_calls c WHERE j.id = ANY (v_jobs) AND c.id = (j.args ->> 'call_id')::bigint AND c.key_alias IS NOT NULL;
     END IF;
-    RETURN cardinality(v_jobs);
+    RETURN cardinality(v_calls);
 END;
+$$;
+
+-- As in 0011, and a job that stops a call asks with the key of that call.
+CREATE OR REPLACE FUNCTION bought_with(p_job bigint) RETURNS text
+LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
+AS $$
+    SELECT coalesce(
+        (SELECT c.key_alias FROM provider_calls c
+            WHERE c.job_id = p_job AND c.external_task_id IS NOT NULL AND c.outcome IS NULL
+            ORDER BY c.id DESC LIMIT 1),
+        (SELECT c.key_alias FROM procrastinate_jobs j
+            JOIN provider_calls c ON c.id = CASE WHEN j.args ->> 'call' ~ '^[0-9]{1,18}$' THEN (j.args ->> 'call')::bigint END
+            WHERE j.id = p_job AND c.external_task_id IS NOT NULL AND c.outcome IN ('succeeded', 'partial')),
+        (SELECT c.key_alias FROM procrastinate_jobs j
+            JOIN provider_calls c ON c.id = CASE WHEN j.args ->> 'call_id' ~ '^[0-9]{1,18}$' THEN (j.args ->> 'call_id')::bigint END
+            WHERE j.id = p_job AND j.task_name = 'jobdaemon.abandon' AND c.external_task_id IS NOT NULL AND c.outcome IS NULL))
 $$;
 
 -- As in 0002, and what the order has bought is stopped where it can be.

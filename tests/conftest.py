@@ -86,6 +86,19 @@ def _clear_up_after_killed_sessions() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another Postgres only what depends on it runs again: tests that use it, but for those that it tells nothing new."""
+    if not _OTHER_BIN_DIR:
+        return
+    left_out = [
+        item
+        for item in items
+        if "postgres" not in getattr(item, "fixturenames", ()) or item.get_closest_marker("newest_postgres")
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """The session's Postgres; another installation's with JOBDAEMON_TEST_PG_BIN."""

@@ -112,8 +112,12 @@ async def running_daemon(
     rules: AttemptRules = RULES,
     team_size: int = 2,
     paid: Collection[str] = (),
+    keys: tuple[str, ...] | None = None,
 ) -> AsyncIterator[RunningDaemon]:
-    """Run a daemon that serves every queue of the tests' plans, some of them *paid*; stop it in order at the end."""
+    """
+    Run a daemon that serves every queue of the tests' plans, some of them *paid*, with *keys* for its provider; stop it in
+    order at the end.
+    """
     events = Events()
     seen: list[Event] = []
     events.subscribe(seen.append)
@@ -125,7 +129,10 @@ async def running_daemon(
     supervisor = Supervisor(
         store=store,
         stages=stages.table(),
-        queues={name: QueueRules(team_size, replace(rules, is_paid=name in paid)) for name in QUEUES},
+        queues={
+            name: QueueRules(team_size, replace(rules, is_paid=name in paid), keys if name.startswith("generate.") else None)
+            for name in QUEUES
+        },
         engine=engine,
         events=events,
         version="test",

@@ -40,6 +40,8 @@ def _toml(value: object) -> str:
             return str(value).lower()
         case list():
             return f"[{', '.join(map(_toml, value))}]"
+        case dict():
+            return f"{{ {', '.join(f'{name} = {_toml(item)}' for name, item in value.items())} }}"
         case str():
             from json import dumps
 
@@ -49,16 +51,18 @@ def _toml(value: object) -> str:
 
 @app.command()
 def apply(
-    force: Annotated[bool, typer.Option("--force", help="Also overwrite the plans' rows with what the settings say.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also overwrite the rows of plans and keys with what the settings say.")
+    ] = False,
     as_json: AsJson = False,
     config: ConfigFile = None,
 ) -> None:
-    """Insert the plans and queues that the database does not have; rows that an operator changed stay, unless --force."""
+    """Insert the plans, queues and keys that the database does not have; rows that an operator changed stay, unless --force."""
     from jobdaemon.cli.rows import write_rows
 
     settings = load(config)
     with open_database(settings) as connection:
-        written = write_rows(connection, settings, overwrite_plans=force)
+        written = write_rows(connection, settings, overwrite=force)
     if as_json:
         print_json(written)
         return

@@ -61,7 +61,7 @@ def resize(
         raise typer.BadParameter("say what to change: N, --cluster or --fair-share")
     statement = "SELECT jobdaemon.resize_queue(%s, %s, %s, %s, %s)"
     with open_database(load(config)) as connection:
-        print(sentence(_first_upper(_answer(connection, statement, queue, *values, unset))))
+        print(sentence(first_upper(answer(connection, statement, queue, *values, unset))))
 
 
 def pause(
@@ -88,7 +88,7 @@ def _for_each(statement: str, names: list[str], config: Any) -> ExitCode:
     with open_database(load(config)) as connection:
         for name in names:
             try:
-                print(sentence(_first_upper(_answer(connection, statement, name))))
+                print(sentence(first_upper(answer(connection, statement, name))))
             except psycopg.Error as error:
                 if not str(getattr(translate(error), "sqlstate", "")).startswith("JD"):
                     raise
@@ -106,7 +106,7 @@ def drain(
 ) -> None:
     """Let a daemon claim nothing more; what it runs, runs out, and it lives on."""
     with open_database(load(config)) as connection:
-        status = _answer(connection, "SELECT jobdaemon.drain_daemon(%s, %s)", daemon_id, undo)
+        status = answer(connection, "SELECT jobdaemon.drain_daemon(%s, %s)", daemon_id, undo)
         running = connection.execute("SELECT running FROM jobdaemon.workers WHERE daemon_id = %s", [daemon_id]).fetchone()
     match status:
         case "draining":
@@ -131,16 +131,18 @@ def prioritize(
 ) -> None:
     """Set the priority of an order and of all its jobs, those that follow too."""
     with open_database(load(config)) as connection:
-        waiting = int(_answer(connection, "SELECT jobdaemon.prioritize_order(%s, %s)", order_id, priority))
+        waiting = int(answer(connection, "SELECT jobdaemon.prioritize_order(%s, %s)", order_id, priority))
     told = {0: "none of its jobs waits right now", 1: "one of its jobs waits"}.get(waiting, f"{waiting} of its jobs wait")
     print(f"Order {order_id} has priority {priority}; {told}.")
 
 
-def _answer(connection: psycopg.Connection[Any], statement: str, *values: object) -> str:
+def answer(connection: psycopg.Connection[Any], statement: str, *values: object) -> str:
+    """What the database's function says it has done."""
     row = connection.execute(statement.encode(), values).fetchone()
     assert row is not None
     return str(row[0])
 
 
-def _first_upper(text: str) -> str:
+def first_upper(text: str) -> str:
+    """As a sentence begins."""
     return text[:1].upper() + text[1:]

@@ -33,6 +33,7 @@ OUR_INDEXES = (
     "jobs_ready_idx",
     "jobs_customer_idx",
     "jobs_running_idx",
+    "jobs_bought_idx",
     "jobs_scheduled_idx",
     "jobs_failed_idx",
     "jobs_order_idx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from jobdaemon.process import PhotoRun
 from jobdaemon.progress import Pace
 
 _MAX_ROWS = 20
+#: What holds nobody up, as order_progress begins to say it: workers are busy with others, or about to take it.
+_ORDINARY = re.compile(r"every worker |nothing is in its way|it is lifted|\d+\+? (lifted )?jobs? go(es)? first")
 
 
 class Display:
@@ -99,6 +102,4 @@ def _state(run: PhotoRun) -> str:
     if run.status == "completed" and not run.is_finished:
         return "delivering"
     waiting_for = run.row.get("waiting_for")
-    return (
-        f"{run.status}, waiting for: {waiting_for}" if waiting_for and not waiting_for.startswith("a free slot") else run.status
-    )
+    return f"{run.status}: {waiting_for}" if waiting_for and not _ORDINARY.match(waiting_for) else run.status

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from jobdaemon.cli import check, config, control, enqueue, jobs, migrate, orders, queues
+from jobdaemon.cli import check, config, control, enqueue, jobs, keys, migrate, orders, queues
 from jobdaemon.cli.errors import ExitCode, explain, sentence
 from jobdaemon.cli.explain import explain as explain_order
 from jobdaemon.cli.process import process
@@ -111,7 +111,7 @@ def program(
 def _config_for_all(group: Any, file: Path) -> dict[str, Any]:
     """The default_map (click's) that makes *file* the --config of every verb below *group*."""
     return {
-        name: _config_for_all(command, file) if hasattr(command, "commands") else {"config": str(file)}
+        name: (_config_for_all(command, file) if hasattr(command, "commands") else {}) | {"config": str(file)}
         for name, command in group.commands.items()
     }
 
@@ -140,6 +140,7 @@ for verb, name in (
     app.command(name)(verb)
 app.command("resize", context_settings=control.NEGATIVE_NUMBERS)(control.resize)
 app.command("prioritize", context_settings=control.NEGATIVE_NUMBERS)(control.prioritize)
+app.add_typer(keys.app, name="keys")
 app.add_typer(config.app, name="config")
 
 

@@ -93,6 +93,11 @@ def queues(connection: psycopg.Connection[Any]) -> list[Row]:
     return _rows(connection, "SELECT * FROM jobdaemon.queue_depth ORDER BY queue")
 
 
+def keys(connection: psycopg.Connection[Any]) -> list[Row]:
+    """Rows of ``keys``."""
+    return _rows(connection, "SELECT * FROM jobdaemon.keys ORDER BY provider, alias")
+
+
 def daemons(connection: psycopg.Connection[Any], *, include_stopped: bool) -> list[Row]:
     """Rows of ``workers``."""
     return _rows(connection, _DAEMONS, {"all": include_stopped})

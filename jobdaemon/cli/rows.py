@@ -1,7 +1,8 @@
-"""The rows of plans and queues that are made of the settings."""
+"""The rows of plans, queues and provider keys that are made of the settings."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,39 +10,57 @@ if TYPE_CHECKING:
 
     from jobdaemon.settings import Settings
 
-_COLUMNS = "images, priority, lift_after, expires_after, max_open_orders, max_open_orders_per_customer, prompts, provider"
+#: Column -> type of what the settings say of a plan, but for its name.
+_COLUMNS = {
+    "images": "integer",
+    "priority": "integer",
+    "stage_priority": "jsonb",
+    "lift_after": "interval",
+    "expires_after": "interval",
+    "max_open_orders": "integer",
+    "max_open_orders_per_customer": "integer",
+    "prompts": "text[]",
+    "provider": "text",
+}
+_VALUES = ", ".join(f"%s::{type_}" for type_ in ("text", *_COLUMNS.values()))
+_NAMES, _OLD, _NEW = (", ".join(alias + name for name in _COLUMNS) for alias in ("", "p.", "n."))
 _INSERT_PLAN = f"""
-INSERT INTO jobdaemon.plans (name, {_COLUMNS}) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)
-ON CONFLICT (name) DO NOTHING RETURNING name
-"""  # noqa: S608 - one constant
+INSERT INTO jobdaemon.plans (name, {_NAMES}) VALUES ({_VALUES}) ON CONFLICT (name) DO NOTHING RETURNING name
+"""  # noqa: S608 - constants
 _UPDATE_PLAN = f"""
-UPDATE jobdaemon.plans AS p SET ({_COLUMNS}) = (n.images, n.priority, n.lift_after, n.expires_after, n.max_open_orders,
-    n.max_open_orders_per_customer, n.prompts, n.provider)
-FROM (VALUES (%s::text, %s::integer, %s::integer, %s::interval, %s::interval, %s::integer, %s::integer, %s::text[], %s::text))
-    AS n (name, {_COLUMNS})
-WHERE p.name = n.name AND (p.images, p.priority, p.lift_after, p.expires_after, p.max_open_orders,
-    p.max_open_orders_per_customer, p.prompts, p.provider)
-    IS DISTINCT FROM (n.images, n.priority, n.lift_after, n.expires_after, n.max_open_orders,
-    n.max_open_orders_per_customer, n.prompts, n.provider)
-RETURNING p.name
-"""  # noqa: S608 - one constant
+UPDATE jobdaemon.plans AS p SET ({_NAMES}) = ({_NEW}) FROM (VALUES ({_VALUES})) AS n (name, {_NAMES})
+WHERE p.name = n.name AND ({_OLD}) IS DISTINCT FROM ({_NEW}) RETURNING p.name
+"""  # noqa: S608 - constants
 _INSERT_QUEUE = "INSERT INTO jobdaemon.queues (name) VALUES (%s) ON CONFLICT (name) DO NOTHING RETURNING name"
+_INSERT_KEY = """
+INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency, rate, daily_budget) VALUES (%s, %s, %s, %s, %s)
+ON CONFLICT (provider, alias) DO NOTHING RETURNING provider || '/' || alias
+"""
+_UPDATE_KEY = """
+UPDATE jobdaemon.provider_keys AS k SET (concurrency, rate, daily_budget) = (n.concurrency, n.rate, n.daily_budget)
+FROM (VALUES (%s::text, %s::text, %s::integer, %s::float8, %s::integer)) AS n (provider, alias, concurrency, rate, daily_budget)
+WHERE k.provider = n.provider AND k.alias = n.alias
+    AND (k.concurrency, k.rate, k.daily_budget) IS DISTINCT FROM (n.concurrency, n.rate, n.daily_budget)
+RETURNING k.provider || '/' || k.alias
+"""
 
 
-def write_rows(connection: psycopg.Connection[Any], settings: Settings, *, overwrite_plans: bool = False) -> dict[str, list[str]]:
+def write_rows(connection: psycopg.Connection[Any], settings: Settings, *, overwrite: bool = False) -> dict[str, list[str]]:
     """
     Insert what is missing, in one transaction.
 
     Args:
-        overwrite_plans: also make the plans' rows what the settings say. Queues are never overwritten: theirs are an
-            operator's switches.
+        overwrite: also make the rows of plans, and the limits of keys, what the settings say. Queues are never overwritten:
+            theirs are an operator's switches, and so are a key's pause and rest.
 
     Returns:
-        Names under ``plans_inserted``, ``plans_overwritten`` and ``queues_inserted``.
+        Names under ``plans_inserted``, ``plans_overwritten``, ``queues_inserted``, ``keys_inserted`` and ``keys_overwritten``;
+        a key's is ``provider/alias``.
     """
     from jobdaemon import app
 
-    written: dict[str, list[str]] = {"plans_inserted": [], "plans_overwritten": [], "queues_inserted": []}
+    kinds = ("plans_inserted", "plans_overwritten", "queues_inserted", "keys_inserted", "keys_overwritten")
+    written: dict[str, list[str]] = {kind: [] for kind in kinds}
 
     def write(what: str, statement: str, values: list[Any]) -> bool:
         row = connection.execute(statement, values).fetchone()
@@ -51,10 +70,15 @@ def write_rows(connection: psycopg.Connection[Any], settings: Settings, *, overw
 
     with connection.transaction():
         for plan in app.plans(settings):
-            values = [plan.name, plan.images, plan.priority, plan.lift_after, plan.expires_after, plan.max_open_orders]
-            values += [plan.max_open_orders_per_customer, list(plan.prompts), plan.provider]
-            if not write("plans_inserted", _INSERT_PLAN, values) and overwrite_plans:
+            row: dict[str, Any] = {name: getattr(plan, name) for name in _COLUMNS}
+            row |= {"stage_priority": json.dumps(dict(plan.stage_priority)), "prompts": list(plan.prompts)}
+            values = [plan.name, *row.values()]
+            if not write("plans_inserted", _INSERT_PLAN, values) and overwrite:
                 write("plans_overwritten", _UPDATE_PLAN, values)
         for name in app.queue_names(settings):
             write("queues_inserted", _INSERT_QUEUE, [name])
+        for key in app.provider_keys(settings):
+            values = [key.provider, key.alias, key.concurrency, key.rate, key.daily_budget]
+            if not write("keys_inserted", _INSERT_KEY, values) and overwrite:
+                write("keys_overwritten", _UPDATE_KEY, values)
     return written

@@ -108,6 +108,7 @@ class Ends:
         succeeded, refused, outages: tokens of attempts that succeeded, met a capacity signal, met an outage.
         others: attempts of this commit that were not refused, whatever became of them: they had been let in.
         retry_after: the longest wait that a signal asked for.
+        keys_rest: what was refused asked for a wait of its provider key: that key rests, and the queue does not.
     """
 
     succeeded: tuple[int, ...] = ()
@@ -115,6 +116,7 @@ class Ends:
     outages: tuple[int, ...] = ()
     others: int = 0
     retry_after: timedelta | None = None
+    keys_rest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ def _shrink(state: QueueState, ends: Ends, scene: Scene) -> QueueState:
             again = state.step == 0 and state.successes == 0
             limit = max(min(limit, int(SHRINK * state.limit) if again else state.limit - 1), 1)
     rests, rested_until = state.rests, state.rested_until
-    if accepted == 0 and (is_fresh or rests == 0):
+    if accepted == 0 and (is_fresh or rests == 0) and not ends.keys_rest:
         rests += 1
         rested_until = _later(rested_until, scene.now + min(FIRST_REST * 2.0 ** min(rests - 1, _MOST_DOUBLINGS), LONGEST_REST))
     if ends.retry_after is not None:

@@ -5,7 +5,7 @@ Who makes the images when an order's provider does not: pure; `docs/providers.md
                               └──► the provider took a call and may still
                                    give something for it ──► Settle: ask it, until it stopped, gave or forgot it ──► Move
                                                              (once, where calls cost nothing)
-    a circuit is open for longer than `after` ──► upkeep moves what waits and has bought nothing
+    a circuit is open, or no key can start a call, for longer than `after` ──► upkeep moves what waits and has bought nothing
 
 A chain belongs to the order's own provider, or to its plan, and is walked forwards only, so that a batch never comes back and its
 place in the chain is the queue it waits in. What a provider refuses for good (a prompt against its rules) is refused: to ask
@@ -15,7 +15,7 @@ anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -50,7 +50,7 @@ class FallbackRules:
     Attributes:
         chains: provider of an order -> who is asked after it, in this order.
         plans: plan -> the same for its orders, whatever their provider; instead of *chains*.
-        after: a circuit that is open for longer sends what waits behind it to the next provider.
+        after: a provider in trouble for longer sends what waits for it to the next one.
         unpaid: providers whose calls cost time and no money.
         images_per_call: of a provider, by its name.
     """
@@ -85,6 +85,32 @@ class FallbackRules:
         """The same as a move."""
         provider = self.next_provider(plan, ordered, current, avoid=avoid)
         return None if provider is None else Move(provider, self.images_per_call(provider))
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """
+    Nothing of a provider can start now.
+
+    Attributes:
+        is_long: for longer than :attr:`FallbackRules.after`.
+        reason: a clause about the provider.
+    """
+
+    provider: str
+    is_long: bool
+    reason: str
+
+
+def stranded(troubles: Iterable[Trouble]) -> tuple[dict[str, str], set[str]]:
+    """
+    Whose batches are to be sent on, with the reason; and who takes none over.
+
+    Args:
+        troubles: any number of each provider.
+    """
+    troubles = list(troubles)
+    return {trouble.provider: trouble.reason for trouble in troubles if trouble.is_long}, {each.provider for each in troubles}
 
 
 def may_help(error: BaseException) -> bool:

@@ -55,7 +55,7 @@ class NewJob:
     A job to insert.
 
     Attributes:
-        priority: higher goes first.
+        priority: higher goes first. A job for an order gets that order's priority in its stage instead, when it is inserted.
         args: JSON object.
         delay: not before this long from now, by the database's clock.
     """
@@ -76,6 +76,7 @@ class Job:
         attempts: finished attempts; 0 during the first.
         deaths: workers that died while it ran.
         token: fences whatever this attempt wants to write; the same for all jobs of one claim call.
+        key_alias: the provider key that this attempt has to use; None where the provider knows no keys.
     """
 
     id: int
@@ -86,6 +87,7 @@ class Job:
     attempts: int = 0
     deaths: int = 0
     token: int | None = None
+    key_alias: str | None = None
 
     @property
     def attempt(self) -> int:

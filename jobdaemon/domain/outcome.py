@@ -32,12 +32,16 @@ class End(StrEnum):
 
 
 class Signal(StrEnum):
-    """What an attempt's error says of the queue as a whole."""
+    """What an attempt's error says of the queue as a whole, or of the provider key it ran under."""
 
     #: the other side is at capacity
     CAPACITY = "capacity"
     #: the other side does not answer, or is broken
     OUTAGE = "outage"
+    #: the other side refuses this key
+    KEY = "key"
+    #: the account behind this key is out of money
+    MONEY = "money"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class Transition:
         error: its sentence.
         seconds: how long the attempt ran.
         frees_elsewhere: the slot this frees is another daemon's to use.
-        signal: what the error says of the queue.
+        signal: what the error says of the queue, or of the key.
         retry_after: how long the other side asked us to wait, with a signal.
         ran_by: the daemon whose attempt this was, where another one ends it.
         move: where the job goes on, when it is moved.

@@ -82,7 +82,8 @@ def pick(
         slots: how many may start, 0 or more.
         running: how many jobs of the queue each customer runs.
         fair_share: most jobs of one customer while others wait, 1 or more; None: no matter.
-        top: the highest plan's priority; work of at least this is what lifted work has to share with.
+        top: the highest plan's priority in this queue's stage (:func:`jobdaemon.domain.plan.top_priority`); work of at least
+            this is what lifted work has to share with.
         passed: how often such work went first while lifted work waited, since lifted work last started.
     """
     waiting = _first_of_each_lock(ready)

@@ -13,6 +13,7 @@ from jobdaemon.domain.write import Write
 from jobdaemon.errors import (
     DatabaseUnavailableError,
     JobdaemonError,
+    KeyRefusedError,
     PermanentError,
     ProviderUnavailableError,
     RateLimitedError,
@@ -91,24 +92,31 @@ def after_error(
         return Transition(
             job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=Signal.CAPACITY, retry_after=error.retry_after
         )
+    if isinstance(error, KeyRefusedError) and job.key_alias is not None:
+        # The key rests, not the job: another one may take it. Not at once, since the rest may not have been noted.
+        delay = _DEFAULT_SNOOZE * (1 + policy.jitter * jitter)
+        signal = Signal.MONEY if error.is_out_of_money else Signal.KEY
+        return Transition(
+            job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=signal, retry_after=error.retry_after
+        )
     if isinstance(error, DatabaseUnavailableError):
         # No fault of the job, and an outage may outlast all its attempts.
         return Transition(job, End.SNOOZE, delay=_DEFAULT_SNOOZE, error_kind=kind, error=reason)
-    signal = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
+    outage = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
     delay = backoff_after(job.attempt, policy, jitter)
     if isinstance(error, PermanentError) or job.attempt >= policy.attempts:
         step = instead() if may_help(error) else None
         if isinstance(step, Move):
             told = moved_sentence(provider_of(job.queue), step.provider, reason)
-            return Transition(job, End.MOVED, writes=step.writes, error_kind=kind, error=told, signal=signal, move=step)
+            return Transition(job, End.MOVED, writes=step.writes, error_kind=kind, error=told, signal=outage, move=step)
         if step is None:
             end = End.SUCCEEDED if job.is_best_effort else End.FAILED
-            return Transition(job, end, writes=dead(reason), error_kind=kind, error=reason, signal=signal)
+            return Transition(job, end, writes=dead(reason), error_kind=kind, error=reason, signal=outage)
         longer = replace(policy, cap=max(policy.cap, _SETTLE_CAP))
         delay = backoff_after(job.attempt, longer, jitter)
     if isinstance(error, RetryableError) and error.retry_after is not None:
         delay = max(delay, error.retry_after)
-    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason, signal=signal)
+    return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason, signal=outage)
 
 
 def after_death(job: Job, *, ran_alone: bool, other_deaths: int, dead: Callable[[str], tuple[Write, ...]]) -> Transition:

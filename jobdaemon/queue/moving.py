@@ -8,7 +8,7 @@ images in one call, jobs are added for the rest.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +130,7 @@ def _attempt_row(job: Job, error: str) -> dict[str, object]:
         "daemon_id": None,
         "seconds": 0.0,
         "outcome": End.MOVED.value,
-        "error_kind": "CircuitOpen",
+        "error_kind": None,
         "error": writes.storable(error),
     }
 
@@ -146,14 +146,3 @@ def _job(record: Any, queue: str) -> Job:
         deaths=record["deaths"] or 0,
         token=record["token"],
     )
-
-
-def stranding(circuits: Iterable[tuple[str, bool]]) -> tuple[list[str], set[str]]:
-    """
-    Whose batches are to be sent on, and who takes none over.
-
-    Args:
-        circuits: queues of providers whose circuit is not closed, and whether it has been so for too long.
-    """
-    troubled = {provider_of(queue): is_long for queue, is_long in circuits}
-    return [provider for provider, is_long in troubled.items() if is_long], set(troubled)

@@ -37,6 +37,7 @@ class _Tally:
     others: int = 0
     retry_after: list[Any] = field(default_factory=list)
     reason: str | None = None
+    keys_rest: bool = False
 
 
 class Steering:
@@ -85,6 +86,7 @@ class Steering:
                 outages=tuple(tally.outages),
                 others=tally.others,
                 retry_after=max(tally.retry_after, default=None),
+                keys_rest=tally.keys_rest,
             )
             scene = _scene(record)
             before = _state(record)
@@ -108,9 +110,13 @@ class Steering:
                 tally.reason = transition.error
             if transition.signal is Signal.CAPACITY:
                 tally.refused.append(token)
-                if transition.retry_after is not None:
+                if transition.retry_after is not None and transition.job.key_alias is not None:
+                    tally.keys_rest = True
+                elif transition.retry_after is not None:
                     tally.retry_after.append(transition.retry_after)
                 continue
+            if transition.signal in (Signal.KEY, Signal.MONEY):
+                continue  # says nothing of what the queue bears
             tally.others += 1
             if transition.signal is Signal.OUTAGE:
                 tally.outages.append(token)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +19,9 @@ import asyncpg
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import Artifact
-from jobdaemon.domain.fallback import FallbackRules
+from jobdaemon.domain.fallback import FallbackRules, Trouble
 from jobdaemon.domain.job import Job, JobStatus
+from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.mending import OrderCall, OrderImage, OrderJob, StrayOrder, mend
 from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
@@ -30,6 +31,7 @@ from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
 from jobdaemon.events import Event
 from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, moving, sql, writes
+from jobdaemon.queue.key_rests import rest_keys
 from jobdaemon.queue.steering import Steering
 
 #: A job became ready in the queue that is the payload; one will be due later; an operator changed the queue.
@@ -104,6 +106,20 @@ class Mended:
     jobs: int
     failures: int
     ended_as: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """
+    What a claim under provider keys brought.
+
+    Attributes:
+        jobs: highest priority first, then oldest.
+        opens_in: when to look again, if the keys hold ready jobs back until then.
+    """
+
+    jobs: list[Job]
+    opens_in: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +204,13 @@ class PostgresJobStore:
             daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], host, pid, version, json.dumps(queues), was)
             return daemon_id
 
-    async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan]) -> None:
-        """Insert the queues and plans that are missing; an operator's rows stay as they are."""
+    async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan], keys: Iterable[ProviderKey] = ()) -> None:
+        """Insert the queues, plans and provider keys that are missing; an operator's rows stay as they are."""
         async with self._upkeep.use() as connection, connection.transaction():
             await connection.execute(_JOBS["ensure_queues"], sorted(queues))
             await connection.execute(_JOBS["ensure_plans"], json.dumps([writes.plan_row(plan) for plan in plans]))
+            if rows := [asdict(key) for key in keys]:
+                await connection.execute(_JOBS["ensure_keys"], json.dumps(rows))
 
     async def heartbeat(self, daemon_id: int, *, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
         """Renew the lease of all this daemon's jobs; False when its row is gone and it must register again."""
@@ -245,9 +263,24 @@ class PostgresJobStore:
             LeaseLostError: this daemon's row is gone: it has to register again.
             DatabaseUnavailableError: also when somebody has held the queue's lock for a second.
         """
+        records = await self._claim(queue, daemon_id, limit, None)
+        return _in_claim_order(records, queue)
+
+    async def claim_with_keys(self, queue: str, daemon_id: int, limit: int, keys: Sequence[str]) -> Claim:
+        """
+        As :meth:`claim`, each job under one of the provider's *keys* (aliases): those whose secrets this daemon has.
+
+        Raises:
+            LeaseLostError: this daemon's row is gone: it has to register again.
+        """
+        records = await self._claim(queue, daemon_id, limit, list(keys))
+        opens_in = next((timedelta(seconds=record["opens_in_s"]) for record in records if record["id"] is None), None)
+        return Claim(_in_claim_order(records, queue), opens_in)
+
+    async def _claim(self, queue: str, daemon_id: int, limit: int, keys: list[str] | None) -> list[asyncpg.Record]:
         async with self._claims.use() as connection:
             try:
-                records = await connection.fetch(_JOBS["claim"], queue, daemon_id, limit)
+                records = await connection.fetch(_JOBS["claim"], queue, daemon_id, limit, keys)
             except asyncpg.UniqueViolationError:
                 # A stock worker took a job with the same lock between our look and our update: as good as none ready.
                 return []
@@ -255,10 +288,10 @@ class PostgresJobStore:
                 raise DatabaseUnavailableError(f"queue {queue} is locked") from error
             except asyncpg.ForeignKeyViolationError as error:
                 raise LeaseLostError("somebody removed this daemon's row") from error
-        if records and records[0]["circuit_before"] == "open" and self._on_probe is not None:
+        is_probe = any(record["id"] is not None and record["circuit_before"] == "open" for record in records)
+        if is_probe and self._on_probe is not None:
             self._on_probe(queue)
-        jobs = [_job(record, queue) for record in records]
-        return sorted(jobs, key=Job.claim_order)
+        return records
 
     async def promote(self, limit: int = 1000) -> Promoted:
         """Let due jobs in, and look at the clock for what comes next."""
@@ -296,11 +329,11 @@ class PostgresJobStore:
                 await connection.execute(_ORDERS["abandon_calls"], order_ids)
         return len(order_ids)
 
-    async def open_circuits(self, after: timedelta) -> list[tuple[str, bool]]:
-        """Queues of providers whose circuit is not closed, and whether it has been so for *after*."""
+    async def troubled_providers(self, after: timedelta) -> list[Trouble]:
+        """Providers of which nothing can start, by their circuit or their keys; *after* is what counts as long."""
         async with self._upkeep.use() as connection:
-            records = await connection.fetch(_JOBS["open_circuits"], after.total_seconds())
-        return [(record["name"], bool(record["is_long"])) for record in records]
+            records = await connection.fetch(_JOBS["troubled_providers"], after.total_seconds())
+        return [Trouble(record["provider"], record["is_long"], record["reason"]) for record in records]
 
     async def move_waiting(
         self, provider: str, rules: FallbackRules, *, avoid: Collection[str], reason: str, skip: int, limit: int
@@ -431,7 +464,8 @@ class PostgresJobStore:
             if over := {ruling.job.order_id for ruling in rulings if ruling.verdict is Verdict.ORDER_ENDED}:
                 await connection.execute(_ORDERS["abandon_calls"], sorted(id for id in over if id is not None))  # noqa: A001
             ended_here = [t for t, ruling in zip(transitions, rulings, strict=True) if ruling.status is not None]
-            news = await self._steering.apply(connection, ended_here)
+            news: list[Event] = list(await rest_keys(connection, ended_here))
+            news += await self._steering.apply(connection, ended_here)
             if queues := sorted(set(wake)):
                 await connection.execute(_JOBS["wake_queues"], queues)
         return Committed([ruling.verdict for ruling in rulings], changes, news)
@@ -547,6 +581,10 @@ def _rest(seconds: float | None) -> timedelta | None:
     return None if seconds is None or seconds <= 0 else timedelta(seconds=min(seconds, 86_400))
 
 
+def _in_claim_order(records: Iterable[asyncpg.Record], queue: str) -> list[Job]:
+    return sorted((_job(record, queue) for record in records if record["id"] is not None), key=Job.claim_order)
+
+
 def _job(record: asyncpg.Record, queue: str) -> Job:
     return Job(
         id=record["id"],
@@ -557,4 +595,5 @@ def _job(record: asyncpg.Record, queue: str) -> Job:
         attempts=record["attempts"],
         deaths=record["deaths"] or 0,
         token=record["token"],
+        key_alias=record["key_alias"],
     )

@@ -61,10 +61,16 @@ class EngineRules:
 
 @dataclass(frozen=True, slots=True)
 class QueueRules:
-    """How this daemon serves one queue."""
+    """
+    How this daemon serves one queue.
+
+    Attributes:
+        keys: aliases of the provider's keys that this daemon has; None where the provider knows no keys.
+    """
 
     team_size: int
     attempt: AttemptRules
+    keys: tuple[str, ...] | None = None
 
 
 class Supervisor:
@@ -88,7 +94,7 @@ class Supervisor:
         """
         Args:
             images_per_call: how many images one call of a provider makes, for jobs that have to be made again.
-            fallback: who takes over what waits behind an open circuit; nobody when None.
+            fallback: who takes over what waits for a provider in trouble; nobody when None.
             require_schema: raises SchemaVersionError when these applied migrations do not fit this program.
             ensure_rows: inserts the plans and queues of the settings that are missing.
             discard: deletes artifacts that nobody needs any more; must not raise.
@@ -127,6 +133,7 @@ class Supervisor:
                 daemon_id=lambda: self.daemon_id,
                 on_lease_lost=self._heartbeat.beat_now,
                 until_lease_holds=self._until_it_may_claim,
+                keys=rules.keys,
             )
             for name, rules in queues.items()
         }

@@ -8,7 +8,8 @@ limit while it does nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
 
 from jobdaemon.domain.job import Job
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
@@ -19,6 +20,8 @@ from jobdaemon.queue.store import PostgresJobStore
 _REST_AFTER_ERROR_S = 1.0
 #: How long a stopping daemon waits for its last commits when the database does not answer.
 _LAST_COMMIT_S = 10.0
+#: Timers ring a little early; a key would still be shut.
+_TIMER_SLACK_S = 0.002
 
 
 class Team:
@@ -36,9 +39,11 @@ class Team:
         daemon_id: Callable[[], int],
         on_lease_lost: Callable[[], None],
         until_lease_holds: Callable[[], Awaitable[None]],
+        keys: Sequence[str] | None = None,
     ) -> None:
         """
         Args:
+            keys: aliases of the provider's keys that this daemon has; None where the provider knows no keys.
             until_lease_holds: returns once this daemon may claim: its heartbeat is recent, and no suspect has it for itself.
         """
         self.queue = queue
@@ -51,6 +56,8 @@ class Team:
         self._daemon_id = daemon_id
         self._on_lease_lost = on_lease_lost
         self._until_lease_holds = until_lease_holds
+        self._keys = keys
+        self._opening: asyncio.TimerHandle | None = None
         self._is_paused = False
         self._wake = asyncio.Event()
         self._wake.set()
@@ -134,8 +141,22 @@ class Team:
         self.wake()
 
     async def _claim(self, free: int) -> None:
-        for job in await self._store.claim(self.queue, self._daemon_id(), free):
+        if self._keys is None:
+            jobs = await self._store.claim(self.queue, self._daemon_id(), free)
+        else:
+            claim = await self._store.claim_with_keys(self.queue, self._daemon_id(), free, self._keys)
+            jobs = claim.jobs
+            self._ring_when_keys_open(claim.opens_in)
+        for job in jobs:
             self._start(job)
+
+    def _ring_when_keys_open(self, opens_in: timedelta | None) -> None:
+        """What keys hold back until a moment starts by the clock: no notification says so."""
+        if self._opening is not None:
+            self._opening.cancel()
+            self._opening = None
+        if opens_in is not None:
+            self._opening = asyncio.get_running_loop().call_later(opens_in.total_seconds() + _TIMER_SLACK_S, self.wake)
 
     def _start(self, job: Job) -> None:
         task = asyncio.get_running_loop().create_task(self._runner.run(job, self._rules), name=f"job {job.id}")
@@ -159,6 +180,7 @@ class Team:
         """
         if self._claiming is not None:
             await asyncio.wait({self._claiming}, timeout=_LAST_COMMIT_S)
+        self._ring_when_keys_open(None)
         cut = asyncio.ensure_future(cut_short.wait())
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s

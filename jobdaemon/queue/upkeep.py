@@ -14,14 +14,13 @@ from dataclasses import replace
 from datetime import timedelta
 
 from jobdaemon.domain.expand import writes_when_dead
-from jobdaemon.domain.fallback import FallbackRules, moved_sentence
+from jobdaemon.domain.fallback import FallbackRules, moved_sentence, stranded
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import MAX_DEATHS, after_death
 from jobdaemon.errors import DatabaseUnavailableError
 from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, ProviderChanged, UpkeepFailed
 from jobdaemon.queue.committer import Committer
-from jobdaemon.queue.moving import stranding
 from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, PostgresJobStore
 from jobdaemon.queue.team import Team
 
@@ -63,7 +62,7 @@ class Upkeep:
         """
         Args:
             images_per_call: of a provider, by its name.
-            fallback: who takes over what waits behind an open circuit; nobody when None.
+            fallback: who takes over what waits for a provider in trouble; nobody when None.
             on_drain: told at each look whether this daemon is to claim nothing more.
             daemon_id: this daemon's, at the moment.
             may_rescue: whether this daemon may judge others by their silence.
@@ -223,13 +222,12 @@ class Upkeep:
         self._stray_orders.update(order_id for order_id, is_stray in looked.items() if is_stray)
 
     async def _fall_back(self) -> None:
-        """Send on what waits behind circuits that have been open for too long."""
+        """Send on what waits for providers that have been in trouble for too long."""
         rules = self._fallback
         if not rules.is_any:
             return
-        providers, avoid = stranding(await self._store.open_circuits(rules.after))
-        reason = f"its circuit has been open for {rules.after.total_seconds():g} s"
-        for provider in providers:
+        providers, avoid = stranded(await self._store.troubled_providers(rules.after))
+        for provider, reason in providers.items():
             skip = 0
             for _ in range(_MOVES_PER_ROUND):
                 look = await self._store.move_waiting(provider, rules, avoid=avoid, reason=reason, skip=skip, limit=_MOVE_LIMIT)

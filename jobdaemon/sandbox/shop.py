@@ -174,7 +174,11 @@ class Shop:
 
     async def work(self, fault: Fault | None = None) -> None:
         """Take as long as making images takes."""
-        await asyncio.sleep(self.behaviour.latency_s * (SLOW_FACTOR if fault is Fault.SLOW else 1.0))
+        await asyncio.sleep(self.work_s(fault))
+
+    def work_s(self, fault: Fault | None = None) -> float:
+        """How long making images takes, seconds."""
+        return self.behaviour.latency_s * (SLOW_FACTOR if fault is Fault.SLOW else 1.0)
 
     def buy(self, api: str, prompt: str, count: int, *, size: tuple[int, int] | None = None, price: float = _PRICE) -> list[File]:
         """

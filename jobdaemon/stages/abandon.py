@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from jobdaemon.domain.job import provider_of
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import CallEnded
-from jobdaemon.errors import InvalidOrderError, RateLimitedError, RetryableError, UnsupportedFeatureError
+from jobdaemon.errors import InvalidOrderError, KeyRefusedError, RateLimitedError, RetryableError, UnsupportedFeatureError
 from jobdaemon.ports import Attempt, OrderReader, Provider
 
 #: A task whose id was chosen here may have been on its way when its order ended: it is looked for a second time.
@@ -37,7 +37,7 @@ class AbandonStage:
             if not await provider.cancel(call):
                 await asyncio.sleep(_SECOND_LOOK_S)
                 await provider.cancel(call)
-        except RateLimitedError as error:
-            # A signal of capacity costs no attempt, and this is not worth asking for ever.
+        except (RateLimitedError, KeyRefusedError) as error:
+            # These cost no attempt, and this is not worth asking for ever.
             raise RetryableError(str(error), retry_after=error.retry_after) from error
         return Done(writes=(CallEnded(job.order_id, job.id, "cancelled", call_id),))

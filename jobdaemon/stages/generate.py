@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
 
 from jobdaemon.domain.artifact import Artifact, generated_key
 from jobdaemon.domain.expand import upload_job
@@ -73,20 +75,23 @@ class GenerateStage:
         missing = {row.index: row.prompt for row in rows if row.index in wanted and row.status == "pending"}
         if not missing:
             return Done()
-        call = CallRecord(attempt, provider, order.id, key=None)
+        call = CallRecord(attempt, provider, order.id, key=job.key_alias)
         move = self._fallback.move(order.plan, order.provider, provider.name)
         attempt.if_given_up(lambda: None if move is None else self._instead(move, attempt, call))
-        request = await call.find(self._orders, self._request(order, order.beautified, rows, missing))
+        request = await call.find(self._orders, self._request(order, order.beautified, rows, missing, key=job.key_alias))
+        arriving = _Arriving()
         try:
             if move is not None and attempt.is_spent:
                 await call.settle()
-            async with aclosing(provider.generate(request)) as events:
+            async with aclosing(provider.generate(request)) as events, arriving:
                 async for event in events:
                     if not isinstance(event, ImageMade | ImageRefused):
+                        # The rows of images name the call that is open when they are written.
+                        await arriving.all_in()
                         await call.note(event, missing)
                     # A resumed call tells of all its images, of those too that arrived before.
                     elif missing.pop(event.index, None) is not None:
-                        await attempt.checkpoint(await self._arrived(event, attempt, order, provider.name, call))
+                        arriving.take(self._note(event, attempt, order, provider.name, call))
         except Exception as error:
             await call.failed(error, "failed" if len(missing) == len(request.images) else "partial")
             raise
@@ -109,7 +114,9 @@ class GenerateStage:
             return replace(move, writes=call.ends("cancelled"))
         return Settle()
 
-    def _request(self, order: OrderRow, photo: Artifact, rows: Sequence[ImageRow], missing: Mapping[int, str]) -> GenerateRequest:
+    def _request(
+        self, order: OrderRow, photo: Artifact, rows: Sequence[ImageRow], missing: Mapping[int, str], *, key: str | None
+    ) -> GenerateRequest:
         [prompt] = set(missing.values())
         same_prompt = [row.index for row in rows if row.prompt == prompt]
         return GenerateRequest(
@@ -119,7 +126,13 @@ class GenerateStage:
             photo=photo,
             load_photo=lambda: self._store.get(photo.key, max_bytes=self._max_photo_bytes),
             params=order.params,
+            key=key,
         )
+
+    async def _note(
+        self, event: ImageMade | ImageRefused, attempt: Attempt, order: OrderRow, provider: str, call: CallRecord
+    ) -> None:
+        await attempt.checkpoint(await self._arrived(event, attempt, order, provider, call))
 
     async def _arrived(
         self, event: ImageMade | ImageRefused, attempt: Attempt, order: OrderRow, provider: str, call: CallRecord
@@ -147,3 +160,40 @@ class GenerateStage:
                 return ARTIFACT_SCHEME + (await self._store.put(key, image.content, image.media_type)).key
             await asyncio.sleep(rest_s)
         return ARTIFACT_SCHEME + (await self._store.put(key, image.content, image.media_type)).key
+
+
+class _Arriving:
+    """
+    Images on their way into the store and the database, side by side: the provider's slot is ours until the last one is in.
+
+    What fails ends the attempt, at the latest with the block; an attempt that is cancelled takes them along.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    def take(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start *work*. Raises what earlier work raised: nothing more is to be asked for then."""
+        self._tasks.append(asyncio.ensure_future(work))
+        for task in self._tasks:
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+    async def all_in(self) -> None:
+        """Wait for those so far; raises what went wrong."""
+        for end in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(end, BaseException):
+                raise end
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wait for all of them, whatever else went wrong: what arrived is paid for."""
+        if kind is not None and not issubclass(kind, Exception):
+            for task in self._tasks:
+                task.cancel()
+        if kind is None:
+            await self.all_in()
+        else:
+            await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -84,6 +84,11 @@ def test_config_apply_respects_an_operators_rows_unless_forced(cli: Cli, databas
     assert cli(database, "config", "apply").stdout == "Nothing to do: every plan and queue is there.\n"
     monkeypatch.setenv("JOBDAEMON_PLANS__FREE__IMAGES", "3")
     assert cli(database, "config", "apply", "--force").stdout == "plans overwritten: Free, Pro\n"
+    monkeypatch.setenv("JOBDAEMON_PLANS__START__STAGE_PRIORITY__UPLOAD", "500")
+    assert cli(database, "config", "apply", "--force").stdout == "plans overwritten: Start\n"
+    assert cli(database, "config", "apply", "--force").stdout == "Nothing to do: every plan and queue is there.\n"
+    monkeypatch.delenv("JOBDAEMON_PLANS__START__STAGE_PRIORITY__UPLOAD")
+    assert cli(database, "config", "apply", "--force").stdout == "plans overwritten: Start\n"
     with psycopg.connect(database) as connection:
         assert connection.execute("SELECT name, images FROM jobdaemon.plans ORDER BY images").fetchall() == [
             ("Free", 3),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,10 @@ from typer.testing import CliRunner
 
 from jobdaemon.cli.program import app
 from jobdaemon.cli.rows import write_rows
+from jobdaemon.domain.job import Task
+from jobdaemon.ports import Attempt
 from jobdaemon.settings import load_settings
+from tests.daemons import Stages, running_daemon, until
 
 Cli = Callable[..., Any]
 Sql = psycopg.Connection[dict[str, Any]]
@@ -71,6 +76,24 @@ def test_resize_sets_and_unsets(cli: Cli, sql: Sql) -> None:
     assert row == {"team_size": None, "cluster_limit": None, "fair_share": 3}
 
 
+def test_keys_are_shown_paused_and_resumed(cli: Cli, sql: Sql) -> None:
+    """The listing has the view's columns; pause and resume answer with the key as it is, and an unknown one is an error."""
+    assert cli("keys").stdout == "There are no provider keys.\n"
+    assert json.loads(cli("keys", "--json").stdout) == []
+    sql.execute("INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency) VALUES ('painter', 'one', 3)")
+    result = cli("keys", "pause", "painter", "one")
+    told = "Key one of painter is paused: concurrency 3, no rate, no daily budget.\n"
+    assert (result.exit_code, result.stdout) == (0, told), result.stderr
+    [row] = json.loads(cli("keys", "--json").stdout)
+    columns = [column.name for column in sql.execute("SELECT * FROM jobdaemon.keys LIMIT 0").description or []]
+    assert list(row) == columns
+    assert row["paused"] is True
+    assert cli("keys").stdout.splitlines()[1].split() == ["painter", "one", "0", "3", "0", "yes"]
+    assert cli("keys", "resume", "painter", "one").stdout.startswith("Key one of painter is open: ")
+    result = cli("keys", "resume", "painter", "two")
+    assert (result.exit_code, result.stderr) == (1, 'Unknown key "two" of provider "painter".\n')
+
+
 def test_a_queue_nobody_serves_is_changed_with_a_warning(cli: Cli) -> None:
     """What nobody serves now may be served later: the change is made, and the answer says so."""
     result = cli("resize", "upload", 0)
@@ -90,6 +113,13 @@ def test_a_queue_nobody_serves_is_changed_with_a_warning(cli: Cli) -> None:
         (["resize", "upload", "--cluster", "-1"], 4, "A cluster limit must be 0 to 100000, not -1."),
         (["resize", "upload", "--fair-share", "0"], 4, "A fair share must be 1 to 100000, not 0."),
         (["resize", "nope", "3"], 1, 'Unknown queue "nope".'),
+        (["resize", "", "3"], 1, 'Unknown queue "".'),
+        (["resize", "upload", "--cluster", "100001"], 4, "A cluster limit must be 0 to 100000, not 100001."),
+        (["resize", "upload", "--cluster", ""], 2, "'' is neither a whole number nor none"),
+        (["resize", "upload", "--fair-share", "99999999999"], 4, "A fair share must be 1 to 100000, not 99999999999."),
+        (["cancel", "0"], 2, "greater than or equal to 1"),
+        (["redrive", "9" * 30], 2, "less than or equal to"),
+        (["explain", "-1"], 2, "-1"),
         (["pause", "nope"], 1, 'Unknown queue "nope".'),
         (["resume", "nope"], 1, 'Unknown queue "nope".'),
         (["drain", "77"], 1, "Unknown daemon 77."),
@@ -149,15 +179,15 @@ def test_explain_an_order_and_a_job(cli: Cli, sql: Sql) -> None:
     result = cli("explain", second)
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
-        f"Order {second} is queued; it waits for: no daemon serves queue beautify.",
+        f"Order {second} is queued. Why it waits: no daemon serves queue beautify.",
         "Job 2 (beautify, todo):",
         "  no daemon serves queue beautify",
-        "  1 job of queue beautify goes first",
+        "  1 job goes first in queue beautify",
     ]
     document = json.loads(cli("explain", second, "--json").stdout)
     reasons = [
         {"reason": "no_daemon", "told": "no daemon serves queue beautify", "draining": 0},
-        {"reason": "behind", "told": "1 job of queue beautify goes first", "jobs": 1, "or_more": False},
+        {"reason": "behind", "told": "1 job goes first in queue beautify", "jobs": 1, "or_more": False},
     ]
     job = {"job_id": 2, "queue": "beautify", "task": "jobdaemon.beautify", "status": "todo", "reasons": reasons}
     assert document == {"order_id": second, "status": "queued", "waiting_for": "no daemon serves queue beautify", "jobs": [job]}
@@ -165,3 +195,49 @@ def test_explain_an_order_and_a_job(cli: Cli, sql: Sql) -> None:
     assert cli("explain", 2, "--job").stdout.splitlines()[0] == "Job 2 (beautify, todo):"
     cli("cancel", first)
     assert cli("explain", first).stdout == f"Order {first} is cancelled.\n"
+
+
+async def test_explain_a_cluster_at_work(cli: Cli, sql: Sql, database: str) -> None:
+    """Of an order that is at work it tells what runs and where, and why the rest waits; jobs that wait alike stand together."""
+    uploading, go_on = [], asyncio.Event()
+
+    async def hold(attempt: Attempt) -> None:
+        if attempt.job.task == Task.UPLOAD:
+            uploading.append(attempt.job.id)
+            await go_on.wait()
+
+    def waiting() -> int:
+        row = sql.execute("SELECT count(*) AS n FROM jobdaemon.procrastinate_jobs WHERE queue_name = 'upload'").fetchone()
+        return 0 if row is None else int(row["n"])
+
+    async with running_daemon(database, Stages(gate=hold), team_size=1):
+        first = await asyncio.to_thread(_order, cli)
+        await until(lambda: len(uploading) == 1 and waiting() == 2)
+        second = await asyncio.to_thread(_order, cli)
+        await until(lambda: waiting() == 4)
+        told = [(await asyncio.to_thread(cli, "explain", order_id)).stdout for order_id in (first, second)]
+        document = json.loads((await asyncio.to_thread(cli, "explain", second, "--json")).stdout)
+        go_on.set()
+        await until(lambda: sql.execute("SELECT FROM jobdaemon.orders WHERE finished_at IS NULL").fetchone() is None)
+    jobs = [job["job_id"] for job in document["jobs"]]
+    busy = r"every worker of queue upload is busy \(running 1, slots 1\)"
+    lines = [
+        rf"Order {first} is uploading: 1 of its jobs runs, 1 waits\.",
+        rf"Job {uploading[0]} \(upload, doing\):",
+        r"  it runs on \S+ \(daemon 1\) since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ",
+        rf"Job {uploading[0] + 1} \(upload, todo\):",
+        f"  {busy}",
+        "",
+    ]
+    assert re.fullmatch("\n".join(lines), told[0])
+    lines = [
+        rf"Order {second} is uploading\. Why it waits: {busy}; 1 job goes first\.",
+        rf"Jobs {jobs[0]}, {jobs[1]} \(upload, todo\):",
+        f"  {busy}",
+        f"  before job {jobs[0]}: 1 job goes first in queue upload",
+        "",
+    ]
+    assert re.fullmatch("\n".join(lines), told[1])
+    assert [[reason["reason"] for reason in job["reasons"]] for job in document["jobs"]] == [["slots", "behind"]] * 2
+    finished = await asyncio.to_thread(cli, "explain", second)
+    assert finished.stdout == f"Order {second} is completed.\n"

@@ -47,7 +47,7 @@ from jobdaemon.sandbox.shop import Shop
 from tests.daemons import until
 
 #: The key (or the secret half of it) that every factory gives its provider.
-SECRET = "sk-conformance-0123456789abcdef"
+SECRET = "SK-conformance-0123456789abcdef=="
 #: What every factory sets as the bound of one image.
 MAX_IMAGE_BYTES = 1024 * 1024
 #: What all of one call may send at most before it is given up; the endless server has 2 GB to give.

@@ -174,6 +174,26 @@ async def test_an_expired_orders_tasks_are_stopped(claimed_job_factory: Claimed,
     assert [len(_abandons(order_factory, job)) for job in (running, waiting)] == [1, 1]
 
 
+async def test_a_call_is_stopped_with_the_key_it_was_made_with(claimed_job_factory: Claimed, daemon_id: int, sql: Sql) -> None:
+    """Even when that key is paused and has spent its budget, which it does not touch; not while it rests."""
+    sql.execute(
+        "INSERT INTO jobdaemon.provider_keys (provider, alias, daily_budget, spent, spent_on, paused)"
+        " VALUES ('local', 'main', 100, 0, now(), false), ('local', 'spare', 1, 1, (now() AT TIME ZONE 'UTC')::date, true)"
+    )
+    store = claimed_job_factory.store
+    job = await _generating(claimed_job_factory)
+    noted = CallSubmitted(job.order_id or 0, job.id, "local", job.image_indexes, "t1", "spare")
+    await _commit(store, job, End.CHECKPOINT, noted)
+    _cancel(sql, job)
+    sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = now() + interval '1 hour' WHERE alias = 'spare'")
+    assert (await store.claim_with_keys(QUEUE, daemon_id, 5, ["main", "spare"])).jobs == []
+    sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = NULL WHERE alias = 'spare'")
+    [abandon] = (await store.claim_with_keys(QUEUE, daemon_id, 5, ["main", "spare"])).jobs
+    assert (abandon.task, abandon.key_alias) == (Task.ABANDON, "spare")
+    spent = sql.execute("SELECT alias, spent FROM jobdaemon.provider_keys ORDER BY alias").fetchall()
+    assert spent == [{"alias": "main", "spent": 0}, {"alias": "spare", "spent": 1}]
+
+
 async def test_it_says_nothing_of_its_queue(claimed_job_factory: Claimed, daemon_id: int, sql: Sql) -> None:
     """Calls that cannot be stopped open no circuit, and those that can close none; a batch that succeeds does."""
     store = claimed_job_factory.store

@@ -13,6 +13,8 @@ import pytest
 
 from tests.factories import Sql
 
+pytestmark = pytest.mark.newest_postgres
+
 DAEMONS = 3
 TEAM_SIZE = 2
 #: How long each attempt takes.

@@ -53,12 +53,12 @@ async def test_a_batch_is_cut_to_the_next_providers_calls(claimed_job_factory: C
     """The job itself goes with the first call's images, jobs like it are added; attempts begin anew, the place in line stays."""
     order_id = await _waiting(claimed_job_factory)
     [before] = _generates(order_factory, order_id)
-    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET attempts = 2, priority = 777 WHERE id = %s", [before["id"]])
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET attempts = 2 WHERE id = %s", [before["id"]])
     look = await _move(claimed_job_factory.store)
     assert (look.seen, [(batch.job_id, batch.provider) for batch in look.moved]) == (1, [(before["id"], "other")])
     assert _batches(order_factory, order_id) == [("generate.other", [1, 2]), ("generate.other", [3, 4]), ("generate.other", [5])]
     for row in _generates(order_factory, order_id):
-        assert (row["priority"], row["attempts"], row["status"]) == (777, 0, "todo")
+        assert (row["priority"], row["attempts"], row["status"]) == (before["priority"], 0, "todo")
         assert (row["args"]["customer"], row["args"]["tried"]) == ("ada", ["local"])
     told = sql.execute("SELECT job_id, queue, outcome, error FROM jobdaemon.failures").fetchall()
     assert told == [
@@ -128,14 +128,14 @@ async def test_a_plan_that_asks_nobody_holds_nobody_up(claimed_job_factory: Clai
     rules = replace(RULES, plans={"Start": ()})
     for _ in range(3):
         await _waiting(claimed_job_factory, images=1)
-    free = await claimed_job_factory.beautify(plan="Free", images=1)
-    jobs = generate_jobs(free.order_id or 0, 0, "local", [WantedImage(1, "p")], 5)
-    done = Transition(free, End.SUCCEEDED, writes=(beautified(free.order_id or 0, *jobs),))
+    last = await claimed_job_factory.beautify(plan="Pro", images=1, prompts=["p"])
+    jobs = generate_jobs(last.order_id or 0, 0, "local", [WantedImage(1, "p")], 5)
+    done = Transition(last, End.SUCCEEDED, writes=(beautified(last.order_id or 0, *jobs),))
     await claimed_job_factory.store.commit([done], daemon_id=None)
     look = await _move(claimed_job_factory.store, rules=rules, limit=2)
     assert (look.seen, look.moved) == (2, [])
     look = await _move(claimed_job_factory.store, rules=rules, skip=2, limit=2)
-    assert [batch.order_id for batch in look.moved] == [free.order_id]
+    assert [batch.order_id for batch in look.moved] == [last.order_id]
 
 
 async def test_two_daemons_move_each_batch_once(
@@ -205,19 +205,48 @@ async def test_a_moved_batchs_lost_job_goes_back_to_its_call(
     assert calls == {"generate.other": "t1", "generate.local": None}
 
 
+async def _troubles(store: PostgresJobStore, seconds: float) -> dict[str, bool]:
+    return {trouble.provider: trouble.is_long for trouble in await store.troubled_providers(timedelta(seconds=seconds))}
+
+
 async def test_how_long_a_circuit_has_been_open(store: PostgresJobStore, sql: Sql) -> None:
     """From when it first left closed, through every probe, until it closes; only providers' queues count."""
 
     def turn(circuit: str) -> None:
         sql.execute("UPDATE jobdaemon.queues SET circuit = %s WHERE name IN ('generate.other', 'upload')", [circuit])
 
-    assert await store.open_circuits(timedelta(0)) == []
+    assert await _troubles(store, 0) == {}
     turn("open")
     sql.execute("UPDATE jobdaemon.queues SET circuit_since = circuit_since - interval '1 minute'")
     for circuit in ("probing", "open"):
         turn(circuit)
-        assert await store.open_circuits(timedelta(seconds=59)) == [("generate.other", True)]
-        assert await store.open_circuits(timedelta(seconds=90)) == [("generate.other", False)]
+        assert await _troubles(store, 59) == {"other": True}
+        assert await _troubles(store, 90) == {"other": False}
     turn("closed")
     turn("open")
-    assert await store.open_circuits(timedelta(seconds=59)) == [("generate.other", False)]
+    assert await _troubles(store, 59) == {"other": False}
+
+
+async def test_a_provider_without_a_key_that_opens_soon_is_in_trouble(store: PostgresJobStore, sql: Sql) -> None:
+    """Keys that rest, are paused or have spent their budget; one that can start is enough, and pausing all is no trouble."""
+
+    def key(alias: str, change: str) -> None:
+        sql.execute(f"UPDATE jobdaemon.provider_keys SET {change} WHERE alias = %s".encode(), [alias])
+
+    sql.execute("INSERT INTO jobdaemon.provider_keys (provider, alias) VALUES ('other', 'a'), ('other', 'b')")
+    key("a", "rested_until = now() + interval '1 hour', rest_reason = 'its account is out of money'")
+    assert await _troubles(store, 60) == {}
+    key("b", "rested_until = now() + interval '30 seconds'")
+    assert await _troubles(store, 60) == {"other": False}
+    key("b", "rested_until = NULL, daily_budget = 10, spent = 10, spent_on = (now() AT TIME ZONE 'UTC')::date")
+    assert await _troubles(store, 0.001) == {"other": True}
+    [trouble] = await store.troubled_providers(timedelta(seconds=0.001))
+    assert trouble.reason == (
+        "no key of it can start a call within 0.001 s: a rests (its account is out of money), b has spent its budget for today"
+    )
+    key("b", "spent = 9")
+    assert await _troubles(store, 0) == {}
+    key("b", "paused = true")
+    assert await _troubles(store, 60) == {"other": True}
+    key("a", "paused = true")
+    assert await _troubles(store, 60) == {}

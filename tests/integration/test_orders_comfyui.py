@@ -25,6 +25,8 @@ from jobdaemon.sandbox import Behaviour, Sandbox
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import until
 
+pytestmark = pytest.mark.newest_postgres
+
 ROOT = Path(__file__).parents[2]
 PORTRAIT = ROOT / "tests" / "data" / "astronaut.png"
 

@@ -18,6 +18,8 @@ from jobdaemon.ports import Attempt
 from tests.daemons import QUICK, RunningDaemon, Stages, running_daemon, until
 from tests.factories import Jobs, Row, Sql
 
+pytestmark = pytest.mark.newest_postgres
+
 PAID, FREE = "generate.local", "upload"
 LEASE_S = QUICK.lease.total_seconds()
 

@@ -13,13 +13,25 @@ import pytest
 from psycopg import errors
 
 from jobdaemon.db import DatabaseAddress
-from jobdaemon.domain.outcome import End, Transition, Verdict
+from jobdaemon.domain.keys import ProviderKey
+from jobdaemon.domain.outcome import End, Signal, Transition, Verdict
 from jobdaemon.domain.write import OrderStarted
 from jobdaemon.queue.store import PostgresJobStore
 from tests.factories import PLANS, QUEUES, SOURCE, Sql
 
-TABLES = ("plans", "queues", "orders", "images", "attempts", "provider_calls", "daemons", "procrastinate_jobs", "_yoyo_migration")
-VIEWS = ("queue_depth", "order_progress", "running_jobs", "stage_timings", "throughput", "failures", "workers")
+TABLES = (
+    "provider_keys",
+    "plans",
+    "queues",
+    "orders",
+    "images",
+    "attempts",
+    "provider_calls",
+    "daemons",
+    "procrastinate_jobs",
+    "_yoyo_migration",
+)
+VIEWS = ("queue_depth", "order_progress", "running_jobs", "stage_timings", "throughput", "failures", "workers", "keys")
 
 
 @pytest.fixture
@@ -46,11 +58,15 @@ def test_producer_calls_functions_and_reads_nothing(login: Callable[[str], str])
         assert row is not None
         assert app.execute("SELECT jobdaemon.cancel_order(%s)", [row[0]]).fetchone() == ("cancelled",)
         app.execute("SELECT jobdaemon.pause_queue('upload')")
+        for call in ("pause_key('nobody', 'a')", "resume_key('nobody', 'a')"):
+            with pytest.raises(psycopg.Error, match="unknown key"):
+                app.execute(f"SELECT jobdaemon.{call}".encode())
         for name in (*TABLES, *VIEWS):
             with pytest.raises(errors.InsufficientPrivilege):
                 app.execute(f"SELECT * FROM jobdaemon.{name}".encode())
         for call in (
             "claim_jobs('upload', 1, 1)",
+            "lock_keys('{}', '{}', '{}')",
             "promote_jobs(1)",
             "grant_roles()",
             "procrastinate_register_worker_v1()",
@@ -83,7 +99,7 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
     store = PostgresJobStore(DatabaseAddress(login("jobdaemon_daemon")))
     try:
         assert len(await store.applied_migrations()) > 4
-        await store.ensure_rows([*QUEUES, "generate.new"], PLANS)
+        await store.ensure_rows([*QUEUES, "generate.new"], PLANS, [ProviderKey("new", "a")])
         daemon_id = await store.register(host="h", pid=1, version="0", queues={"beautify": 1})
         [job] = await store.claim("beautify", daemon_id, 1)
         assert job.order_id is not None
@@ -103,6 +119,10 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         assert await store.open_orders(after=0, limit=9) == {job.order_id: False}
         sql.execute("DELETE FROM jobdaemon.procrastinate_jobs")
         assert len(await store.mend_orders([job.order_id], lambda provider: 1)) == 1
+        sql.execute("UPDATE jobdaemon.procrastinate_jobs SET queue_name = 'generate.new', status = 'todo', scheduled_at = NULL")
+        [job] = (await store.claim_with_keys("generate.new", daemon_id, 1, ["a"])).jobs
+        refused = Transition(job, End.SNOOZE, signal=Signal.KEY)
+        assert len((await store.commit([refused], daemon_id=daemon_id)).news) == 1
         await store.set_daemon_status(daemon_id, "stopped")
     finally:
         await store.close()

@@ -14,6 +14,7 @@ COLUMNS = {
     "adaptive_limit, circuit",
     "order_progress": "order_id, customer, plan, status, images_total, images_stored, images_failed, progress, created_at, "
     "first_image_at, finished_at, waiting_for",
+    "keys": "provider, alias, running, concurrency, rate, daily_budget, spent_today, rested_until, rest_reason, paused",
 }
 
 
@@ -44,6 +45,25 @@ def test_queue_depth_counts_each_class(sql: Sql, job_factory: Jobs) -> None:
     assert empty["oldest_ready_seconds"] is None
 
 
+def test_keys_show_today(sql: Sql, job_factory: Jobs) -> None:
+    """Only running jobs count, only today's images, and only a rest that is not over."""
+    sql.execute(
+        "INSERT INTO jobdaemon.provider_keys (provider, alias, spent, spent_on, rested_until, rest_reason)"
+        " SELECT 'local', alias, 7, (now() AT TIME ZONE 'UTC')::date - days, now() + interval '1 hour' * (1 - days), 'why'"
+        " FROM (VALUES ('new', 0), ('old', 2)) AS k (alias, days)"
+    )
+    for status in ("doing", "doing", "todo", "succeeded"):
+        job_id = job_factory("generate.local")
+        sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = %s, key_alias = 'new' WHERE id = %s", [status, job_id])
+    rows = sql.execute(
+        "SELECT alias, running, spent_today, rest_reason, rested_until > now() AS rests FROM jobdaemon.keys ORDER BY 1"
+    )
+    assert rows.fetchall() == [
+        {"alias": "new", "running": 2, "spent_today": 7, "rest_reason": "why", "rests": True},
+        {"alias": "old", "running": 0, "spent_today": 0, "rest_reason": None, "rests": None},
+    ]
+
+
 def _waiting_for(sql: Sql, order_id: int) -> str | None:
     row = sql.execute("SELECT waiting_for FROM jobdaemon.order_progress WHERE order_id = %s", [order_id]).fetchone()
     assert row is not None
@@ -53,14 +73,14 @@ def _waiting_for(sql: Sql, order_id: int) -> str | None:
 async def test_waiting_for_says_why(sql: Sql, order_factory: Orders, claimed_job_factory: Claimed) -> None:
     """An order says whether it waits for a slot, a pause, its time or a daemon; a running or ended one waits for nothing."""
     order_id = order_factory("Free")
-    assert _waiting_for(sql, order_id) == "a free slot in queue beautify"
+    assert _waiting_for(sql, order_id) == "nothing is in its way: the next free worker of queue beautify takes it"
     sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 hour'")
     assert _waiting_for(sql, order_id) == "no daemon serves queue beautify"
     sql.execute("SELECT jobdaemon.pause_queue('beautify')")
     assert _waiting_for(sql, order_id) == "queue beautify is paused"
     sql.execute("SELECT jobdaemon.resume_queue('beautify')")
     later = order_factory("Free", at="tomorrow")
-    assert str(_waiting_for(sql, later)).startswith("scheduled until ")
+    assert str(_waiting_for(sql, later)).startswith("it is scheduled to wait until ")
     await claimed_job_factory.claim("beautify")
     assert _waiting_for(sql, order_id) is None
     sql.execute("SELECT jobdaemon.cancel_order(%s)", [later])

@@ -25,7 +25,7 @@ from jobdaemon.cli.times import parse_moment
 from jobdaemon.errors import JobdaemonError, RefusedError
 
 VERBS = ["process", "run", "enqueue", "orders", "order", "cancel", "redrive", "queues", "jobs", "job", "daemons", "config"]
-VERBS += ["migrate", "check", "sandbox", "version"]
+VERBS += ["keys", "migrate", "check", "sandbox", "version"]
 HEAVY = ["torch", "cv2", "aioboto3", "botocore", "moto", "PIL", "numpy", "psycopg", "asyncpg", "procrastinate", "pydantic"]
 
 
@@ -76,6 +76,11 @@ def test_every_verb_has_help() -> None:
         (["--config", "/nowhere.toml", "orders"], "/nowhere.toml: cannot be read"),
         (["orders", "--config", "/nowhere.toml"], "/nowhere.toml: cannot be read"),
         (["--config", "/nowhere.toml", "config", "show"], "/nowhere.toml: cannot be read"),
+        (["--config", "/nowhere.toml", "keys"], "/nowhere.toml: cannot be read"),
+        (["--config", "/nowhere.toml", "keys", "pause", "x", "y"], "/nowhere.toml: cannot be read"),
+        (["keys", "--config", "/nowhere.toml"], "/nowhere.toml: cannot be read"),
+        (["keys", "pause", "x"], "Missing argument"),
+        (["keys", "nope"], "No such command 'nope'"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments: list[str], words: str) -> None:

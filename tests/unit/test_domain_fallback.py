@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobdaemon.domain.fallback import FallbackRules, Move, Settle, may_help
+from jobdaemon.domain.fallback import FallbackRules, Move, Settle, Trouble, may_help, stranded
 from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import End, Signal
 from jobdaemon.domain.retry import after_error
@@ -22,7 +22,6 @@ from jobdaemon.errors import (
     StoreUnavailableError,
     UnsupportedFeatureError,
 )
-from jobdaemon.queue.moving import stranding
 from tests.factories import POLICY
 
 RULES = FallbackRules(
@@ -139,6 +138,7 @@ def test_a_best_effort_is_given_up_quietly() -> None:
     assert (transition.end, transition.writes) == (End.SUCCEEDED, _dead("away"))
 
 
-def test_circuits_decide_who_gives_and_who_takes() -> None:
-    """What waits behind a circuit that was open for too long goes; nobody whose circuit is not closed takes anything over."""
-    assert stranding([("generate.a", True), ("generate.b", False)]) == (["a"], {"a", "b"})
+def test_troubles_decide_who_gives_and_who_takes() -> None:
+    """What waits for a provider that was in trouble for too long goes, and nobody in trouble takes anything over."""
+    troubles = [Trouble("a", True, "x"), Trouble("b", False, "y"), Trouble("a", False, "z")]
+    assert stranded(troubles) == ({"a": "x"}, {"a", "b"})

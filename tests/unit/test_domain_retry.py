@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobdaemon.domain.job import Job
-from jobdaemon.domain.outcome import End
+from jobdaemon.domain.outcome import End, Signal
 from jobdaemon.domain.retry import (
     DIED,
     DIED_ALONE,
@@ -24,6 +24,7 @@ from jobdaemon.domain.write import OrderFailed, Write
 from jobdaemon.errors import (
     DatabaseUnavailableError,
     DeviceMemoryError,
+    KeyRefusedError,
     ProviderRefusedError,
     ProviderUnavailableError,
     RateLimitedError,
@@ -88,6 +89,17 @@ def test_what_is_no_fault_of_the_job_costs_nothing(error: Exception) -> None:
     transition = after_error(Job(1, "q", "t", 0, attempts=99), error, POLICY, jitter=0.5, dead=dead)
     assert (transition.end, transition.writes) == (End.SNOOZE, ())
     assert transition.delay == (timedelta(minutes=3) if isinstance(error, RateLimitedError) else timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(("is_out_of_money", "signal"), [(False, Signal.KEY), (True, Signal.MONEY)])
+def test_a_refused_key_costs_the_job_nothing(is_out_of_money: bool, signal: Signal) -> None:
+    """The key is told of, and even the last attempt is snoozed; a job without a key spends its attempts as after any error."""
+    error = KeyRefusedError("no", is_out_of_money=is_out_of_money)
+    transition = after_error(Job(1, "q", "t", 0, attempts=99, key_alias="a"), error, POLICY, jitter=0.0, dead=dead)
+    assert (transition.end, transition.signal, transition.delay) == (End.SNOOZE, signal, timedelta(seconds=1))
+    assert after_error(Job(1, "q", "t", 0), error, POLICY, jitter=0.5, dead=dead).end is End.RETRY
+    last = after_error(Job(1, "q", "t", 0, attempts=99), error, POLICY, jitter=0.5, dead=dead)
+    assert (last.end, last.signal) == (End.FAILED, None)
 
 
 def test_a_servers_wish_is_the_least_we_wait() -> None:

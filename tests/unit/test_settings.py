@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobdaemon import settings as module
+from jobdaemon.app import plans
 from jobdaemon.errors import SettingsError
 from jobdaemon.settings import Settings, load_settings, setting_keys
 from jobdaemon.settings_values import cores
@@ -316,6 +317,11 @@ class TestSources:
             ("engine = 5", "engine: must be a table"),
             ("[queues]\nupload = 3", "queues.upload: must be a table"),
             ("[queues.upload]\nteam_size = true", "queues.upload.team_size: must be a number"),
+            ("[queues.upload]\nteam_size = -1", "queues.upload.team_size: must be greater than or equal to 0, not -1"),
+            ("[queues.upload]\nteam_size = 10001", "queues.upload.team_size: must be less than or equal to 10000, not 10001"),
+            ("[queues.upload]\nteam_size = 99999999999999999999", "queues.upload.team_size: must be less than or equal to 10000"),
+            ("[queues.upload]\nteam_size = ''", "queues.upload.team_size: must be a valid integer"),
+            ("[queues.upload]\ncluster_limit = 5", "queues.upload.cluster_limit: is not a setting"),
             ("[queues.upload]\njitter = nan", "queues.upload.jitter: must be a finite number, not nan"),
             ("data_dir = 5", "data_dir: must be"),
             ("data_dir = '~nobody-of-that-name/x'", "data_dir: names a home directory that does not exist"),
@@ -327,6 +333,12 @@ class TestSources:
             ("[store.r2]\nprefix = '/abs'", "store.r2.prefix: has characters that are not allowed here"),
             ("[orders.prompts]\nFree = []", "orders.prompts.Free: "),
             ("[orders.prompts]\nFree = 'one'", "orders.prompts.Free: must be an array"),
+            ("[plans.Pro]\nstage_priority = {uplaod = 5}", "stage_priority.uplaod: is not a setting: did you mean upload?"),
+            ("[plans.Pro]\nstage_priority = 5", "plans.Pro.stage_priority: must be a table"),
+            ("[plans.Pro]\nstage_priority.upload = 1000001", "stage_priority.upload: must be less than or equal to 1000000"),
+            ("[plans.Pro]\nstage_priority.upload = 1.5", "plans.Pro.stage_priority.upload: must be a valid integer"),
+            ("[plans.Pro]\nstage_priority.upload = true", "plans.Pro.stage_priority.upload: must be a number"),
+            ("[plans.Pro]\nstage_priority.upload = [5]", "plans.Pro.stage_priority.upload: must be a valid integer"),
             ("[plans.free]\nimages = 1", "plans.free: is not a setting: did you mean Free?"),
             ("[queues.upload]\nattempts = 2\n[[queues.beautify]]\nattempts = 1", "queues.beautify: must be a table"),
         ],
@@ -335,6 +347,15 @@ class TestSources:
         """A value of the wrong type or range is a problem at its line, in words about settings."""
         path = write(text)
         assert any(line.startswith(f"{path}:") and says in line for line in problems(path)), problems(path)
+
+    def test_priorities_of_stages(self, write: Write) -> None:
+        """A plan's map may be given in the file and one by one in variables, which win; what is not named is not in it."""
+        path = write("[plans.Pro]\nstage_priority = {upload = 500, generate = -1}\n")
+        settings = load_settings(path, {"JOBDAEMON_PLANS__PRO__STAGE_PRIORITY__UPLOAD": "7"})
+        assert settings.plans.Pro.stage_priority.named() == {"generate": -1, "upload": 7}
+        assert settings.plans.Free.stage_priority.named() == {}
+        assert settings.origin("plans.Pro.stage_priority.generate") == f"{path}:2"
+        assert [one.stage_priority for one in plans(settings) if one.name == "Pro"] == [{"generate": -1, "upload": 7}]
 
     def test_queue_names_with_dots(self, write: Write) -> None:
         """[queues.generate.local] and [queues."generate.local"] are the same table, and so is the variable."""

@@ -13,6 +13,7 @@ from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import CallEnded
 from jobdaemon.errors import (
     InvalidOrderError,
+    KeyRefusedError,
     ProviderUnavailableError,
     RateLimitedError,
     RetryableError,
@@ -71,10 +72,11 @@ async def test_a_call_that_ended_is_left_alone() -> None:
 
 
 async def test_a_limit_spends_an_attempt() -> None:
-    """A provider that answers 429 for ever is not asked for ever."""
-    with pytest.raises(RetryableError) as caught:
-        await _run(Stopping(answers=iter([RateLimitedError("busy")])))
-    assert not isinstance(caught.value, RateLimitedError)
+    """A provider that answers 429, or refuses the key, is not asked for ever."""
+    for error in (RateLimitedError("busy"), KeyRefusedError("no")):
+        with pytest.raises(RetryableError) as caught:
+            await _run(Stopping(answers=iter([error])))
+        assert type(caught.value) is RetryableError
     with pytest.raises(ProviderUnavailableError):
         await _run(Stopping(answers=iter([ProviderUnavailableError("away")])))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +23,7 @@ from jobdaemon.errors import (
     ProviderUnavailableError,
     RateLimitedError,
     RetryableError,
+    StoreRefusedError,
     StoreUnavailableError,
     UnsupportedFeatureError,
 )
@@ -47,6 +49,29 @@ class BusyArtifacts(FakeArtifacts):
             raise StoreUnavailableError("away")
         self.objects[key] = content
         return Artifact(key, "0" * 64, len(content), media_type)
+
+
+@dataclass(slots=True)
+class SlowArtifacts(FakeArtifacts):
+    """A store that lets others in before it is done; *most* were in at once."""
+
+    inside: int = 0
+    most: int = 0
+
+    async def put(self, key: str, content: bytes, media_type: str) -> Artifact:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        self.inside -= 1
+        return await FakeArtifacts.put(self, key, content, media_type)
+
+
+class RefusingArtifacts(FakeArtifacts):
+    """A store that takes nothing."""
+
+    async def put(self, key: str, content: bytes, media_type: str) -> Artifact:
+        raise StoreRefusedError("no")
 
 
 def _orders(*images: Any, **changes: Any) -> FakeOrders:
@@ -218,6 +243,15 @@ async def test_a_paid_image_outlives_a_store_that_is_away_for_a_moment(monkeypat
     assert sorted(store.objects.values()) == [b"1", b"2"]
 
 
+async def test_a_call_is_made_and_noted_with_the_attempts_key() -> None:
+    """The provider is told which key to use, and the call that it takes remembers it."""
+    orders, provider = _orders(), FakeProvider([Submitting(), ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
+    attempt = FakeAttempt(replace(JOB, key_alias="a"), orders)
+    await _stage(orders, provider).run(attempt)
+    assert provider.requests[0].key == "a"
+    assert attempt.checkpoints[0] == CallSubmitted(1, 9, "fake", (1, 2), None, "a")
+
+
 async def test_nothing_missing_calls_nobody() -> None:
     """An attempt whose images are all there costs no call."""
     orders, provider = _orders(image_row(1, status="stored"), image_row(2, status="failed")), FakeProvider()
@@ -265,6 +299,26 @@ async def test_what_cannot_be_is_permanent(orders: FakeOrders, queue: str, error
     job = Job(9, queue, Task.GENERATE, 300, {"order_id": 1, "images": [1, 2]})
     with pytest.raises(error):
         await _stage(orders, FakeProvider()).run(FakeAttempt(job, orders))
+
+
+async def test_images_that_arrived_are_stored_side_by_side_whatever_comes_after() -> None:
+    """A slow store holds no sibling up, and a provider that breaks off loses nothing of what it sent before."""
+    orders, store = _orders(), SlowArtifacts()
+    provider = FakeProvider([ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG), ProviderUnavailableError("broke off")])
+    with pytest.raises(ProviderUnavailableError, match="broke off"):
+        await _stage(orders, provider, store).run(FakeAttempt(JOB, orders))
+    assert store.most == 2
+    assert [image.status for image in orders.images] == ["generated", "generated"]
+
+
+async def test_what_cannot_be_stored_ends_the_attempt() -> None:
+    """A store that refuses is the attempt's error, though it was noticed beside the stream."""
+    orders, store = _orders(), RefusingArtifacts()
+    with pytest.raises(StoreRefusedError):
+        await _stage(orders, FakeProvider([ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)]), store).run(
+            FakeAttempt(JOB, orders)
+        )
+    assert [image.status for image in orders.images] == ["pending", "pending"]
 
 
 CHAIN = FallbackRules(chains={"fake": ("other",)}, images_per_call=lambda name: 3)

@@ -31,22 +31,29 @@ UPDATE jobdaemon.daemons SET status = $2, stopped_at = CASE WHEN $2 = 'stopped' 
 -- Rows for the queues we serve; an operator's rows stay as they are.
 INSERT INTO jobdaemon.queues (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING;
 
+-- name: ensure_keys
+-- Provider keys of the settings that have no row yet; an operator's rows stay as they are.
+INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency, rate, daily_budget)
+SELECT k.provider, k.alias, k.concurrency, k.rate, k.daily_budget
+FROM jsonb_to_recordset($1::jsonb) AS k (provider text, alias text, concurrency integer, rate float8, daily_budget integer)
+ON CONFLICT (provider, alias) DO NOTHING;
+
 -- name: ensure_plans
 -- Plans of the settings that have no row yet; an operator's rows stay as they are.
-INSERT INTO jobdaemon.plans (name, images, priority, lift_after, expires_after, max_open_orders,
+INSERT INTO jobdaemon.plans (name, images, priority, stage_priority, lift_after, expires_after, max_open_orders,
     max_open_orders_per_customer, prompts, provider)
-SELECT p.name, p.images, p.priority, p.lift_after_s * interval '1 second', p.expires_after_s * interval '1 second',
+SELECT p.name, p.images, p.priority, p.stage_priority, p.lift_after_s * interval '1 second', p.expires_after_s * interval '1 second',
     p.max_open_orders, p.max_open_orders_per_customer, p.prompts, p.provider
-FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority integer, lift_after_s float8,
+FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority integer, stage_priority jsonb, lift_after_s float8,
     expires_after_s float8, max_open_orders integer, max_open_orders_per_customer integer, prompts text[], provider text)
 ON CONFLICT (name) DO NOTHING;
 
 -- name: claim
--- Up to $3 ready jobs of one queue, under one token. How its circuit was before: this statement sees nothing of what the function
--- does.
-SELECT id, task_name, priority, args, attempts, deaths, token,
+-- Up to $3 ready jobs of one queue, under one token; with keys $4, a last row without a job may say when they open. How the circuit
+-- was before: this statement sees nothing of what the function does.
+SELECT id, task_name, priority, args, attempts, deaths, token, key_alias, opens_in_s,
     (SELECT q.circuit FROM jobdaemon.queues q WHERE q.name = $1) AS circuit_before
-FROM jobdaemon.claim_jobs($1, $2, $3);
+FROM jobdaemon.claim_jobs($1, $2, $3, $4::text[]);
 
 -- name: queue_rows
 -- What operators set for these queues and for daemon $2, and whether a job is ready in them: the net below the notifications.
@@ -67,10 +74,9 @@ UPDATE jobdaemon.daemons SET queues = $2::jsonb WHERE id = $1 AND queues <> $2::
 SELECT promoted, CASE WHEN next_due < clock_timestamp() + interval '1 day'
     THEN extract(epoch FROM next_due - clock_timestamp())::float8 END AS next_due_s,
     EXISTS (SELECT FROM jobdaemon.orders o WHERE o.finished_at IS NULL AND o.expires_at <= now()) AS has_expired,
-    EXISTS (SELECT FROM jobdaemon.plans p
-        WHERE p.priority < (SELECT max(t.priority) FROM jobdaemon.plans t) AND EXISTS (
-            SELECT FROM jobdaemon.orders o WHERE o.plan = p.name AND o.finished_at IS NULL AND o.lifted_at IS NULL
-                AND NOT o.prioritized AND o.waits_from <= now() - p.lift_after)) AS has_overdue
+    EXISTS (SELECT FROM jobdaemon.plans_below_top() AS p
+        WHERE EXISTS (SELECT FROM jobdaemon.orders o WHERE o.plan = p.name AND o.finished_at IS NULL AND o.lifted_at IS NULL
+            AND NOT o.prioritized AND o.waits_from <= now() - p.lift_after)) AS has_overdue
 FROM jobdaemon.promote_jobs($1);
 
 -- name: wake_queues
@@ -91,7 +97,7 @@ FROM locked l WHERE j.id = l.id;
 -- name: lost_jobs
 -- Running jobs whose worker is gone or silent for longer than the lease ($1, seconds; NULL: not asked), and those of worker $3
 -- that are not among those it knows to run ($4). No lock: the fence decides.
-SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.worker_id
+SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id
 FROM jobdaemon.procrastinate_jobs j
 LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
 WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
@@ -123,7 +129,8 @@ SELECT id, status::text, token, abort_requested FROM jobdaemon.procrastinate_job
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
 
 -- name: end_jobs
--- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten.
+-- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten. A job
+-- that may run again keeps the key of a task that it has bought and not collected.
 UPDATE jobdaemon.procrastinate_jobs j
 SET status = e.status::jobdaemon.procrastinate_job_status,
     attempts = j.attempts + e.spent,
@@ -131,16 +138,17 @@ SET status = e.status::jobdaemon.procrastinate_job_status,
     scheduled_at = CASE WHEN e.status = 'todo' THEN now() + e.delay_s * interval '1 second' END,
     worker_id = CASE WHEN e.status = 'todo' THEN NULL ELSE j.worker_id END,
     token = CASE WHEN e.died > 0 THEN NULL ELSE j.token END,
+    key_alias = CASE WHEN j.key_alias IS NOT NULL AND e.status IN ('todo', 'failed') THEN jobdaemon.bought_with(j.id) END,
     abort_requested = false
 FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::float8[], $5::smallint[]) AS e (id, status, spent, delay_s, died)
 WHERE j.id = e.id;
 
 -- name: defer_jobs
--- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}. The orders are locked: what
--- an operator has set their priority to, and that they were lifted, is known here, though the stage may have read them before.
--- Each job names its order's customer, for the fair share.
+-- Inserts what follows, through procrastinate's own function: {queue, task, priority, args, delay_s}. The orders are locked: job_priority
+-- knows their priority in this stage, what an operator has set it to, and that they were lifted, though the stage may have read
+-- them before. Each job names its order's customer, for the fair share.
 SELECT jobdaemon.procrastinate_defer_jobs_v1(array_agg(ROW(n.queue, n.task,
-    CASE WHEN o.prioritized THEN o.priority WHEN o.lifted_at IS NOT NULL THEN jobdaemon.lifted_priority() ELSE n.priority END,
+    CASE WHEN o.id IS NULL THEN n.priority ELSE jobdaemon.job_priority(o, n.queue) END,
     NULL, NULL, CASE WHEN o.customer <> '' THEN n.args || jsonb_build_object('customer', o.customer) ELSE n.args END,
     now() + n.delay_s * interval '1 second')::jobdaemon.procrastinate_job_to_defer_v1 ORDER BY n.place))
 FROM ROWS FROM (jsonb_to_recordset($1::jsonb) AS (queue text, task text, priority integer, args jsonb, delay_s float8))
@@ -151,15 +159,29 @@ LEFT JOIN jobdaemon.orders o ON o.id = (n.args ->> 'order_id')::bigint;
 -- {job_id, queue, images, tried}: (locked) jobs go on in another provider's queue, with new attempts and the images named.
 -- What an earlier provider has made is not to be had there.
 UPDATE jobdaemon.procrastinate_jobs j
-SET queue_name = m.queue, attempts = 0, scheduled_at = NULL,
+SET queue_name = m.queue, attempts = 0, scheduled_at = NULL, key_alias = NULL,
     args = (j.args - 'call') || jsonb_build_object('images', m.images, 'tried', m.tried)
 FROM jsonb_to_recordset($1::jsonb) AS m (job_id bigint, queue text, images jsonb, tried jsonb)
 WHERE j.id = m.job_id;
 
--- name: open_circuits
--- Queues of providers whose circuit is not closed, and whether it has been so for $1 seconds.
-SELECT q.name, q.circuit_since <= clock_timestamp() - $1 * interval '1 second' AS is_long FROM jobdaemon.queues q
-WHERE q.circuit <> 'closed' AND q.name LIKE 'generate.%';
+-- name: troubled_providers
+-- Providers whose circuit is not closed, and those of whose keys none can start a call now; whether that has been so, or will be so,
+-- for longer than $1 seconds; and why. Keys that an operator paused all of are his own affair, as a paused queue is.
+SELECT substr(q.name, length('generate.') + 1) AS provider,
+    coalesce(q.circuit_since <= clock_timestamp() - $1 * interval '1 second', false) AS is_long,
+    format('its circuit has been open for %s s', $1::float8) AS reason
+FROM jobdaemon.queues q WHERE q.circuit <> 'closed' AND q.name LIKE 'generate.%'
+UNION ALL
+SELECT k.provider, min(k.opens_at) > clock_timestamp() + $1 * interval '1 second',
+    format('no key of it can start a call within %s s: %s', $1::float8, string_agg(format('%s %s', k.alias, CASE
+        WHEN k.paused THEN 'is paused' WHEN k.rested_until > clock_timestamp() THEN 'rests' || coalesce(' (' || k.rest_reason || ')', '')
+        ELSE 'has spent its budget for today' END), ', ' ORDER BY k.alias))
+FROM (
+    SELECT k.*, CASE WHEN k.paused OR k.daily_budget = 0 THEN 'infinity' ELSE greatest(k.rested_until,
+        CASE WHEN k.spent_on = t.today AND k.spent >= k.daily_budget THEN (t.today + 1)::timestamp AT TIME ZONE 'UTC' END) END AS opens_at
+    FROM jobdaemon.provider_keys k CROSS JOIN (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date AS today) AS t
+) AS k
+GROUP BY k.provider HAVING bool_and(coalesce(k.opens_at > clock_timestamp(), false)) AND NOT bool_and(k.paused);
 
 -- name: waiting_batches
 -- Ready batches of queue $1 in claim order, $2 passed over, $3 at most. One that has bought something stays, unless calls cost

@@ -7,8 +7,9 @@
 DO $$
 BEGIN
     IF (SELECT count(*) FROM pg_attribute a WHERE a.attrelid = 'procrastinate_jobs'::regclass
-            AND a.attname IN ('token', 'deaths') AND NOT a.attisdropped) < 2 THEN
-        ALTER TABLE procrastinate_jobs ADD COLUMN IF NOT EXISTS token bigint, ADD COLUMN IF NOT EXISTS deaths smallint;
+            AND a.attname IN ('token', 'deaths', 'key_alias') AND NOT a.attisdropped) < 3 THEN
+        ALTER TABLE procrastinate_jobs ADD COLUMN IF NOT EXISTS token bigint, ADD COLUMN IF NOT EXISTS deaths smallint,
+            ADD COLUMN IF NOT EXISTS key_alias text;
     END IF;
 END;
 $$;
@@ -141,6 +142,8 @@ BEGIN
             (CASE WHEN task_name LIKE ''jobdaemon.%'' THEN (args ->> ''order_id'')::bigint END), id)
             WHERE status = ''todo'' AND scheduled_at IS NULL'),
         ('jobs_running_idx', '(queue_name, worker_id) WHERE status = ''doing'''),
+        -- what has bought a task under a key and waits to collect it: few
+        ('jobs_bought_idx', '(queue_name) WHERE status = ''todo'' AND scheduled_at IS NULL AND key_alias IS NOT NULL'),
         ('jobs_scheduled_idx', '(scheduled_at) WHERE status = ''todo'' AND scheduled_at IS NOT NULL'),
         ('jobs_failed_idx', '(queue_name) WHERE status = ''failed'''),
         -- from an order to its jobs; only our own tasks, since another app's order_id need not be a number
