@@ -289,7 +289,7 @@ class OrdersSettings(Section):
         provider: of an order that names none.
         images_per_call: most images of one provider call; a provider's own limit may be lower.
         fallback: provider of an order -> providers that take over when it fails, in this order.
-        fallback_after: a provider whose circuit has been open for longer has failed.
+        fallback_after: a provider has failed of which nothing can start for longer, by its circuit or its keys.
         prompts: of an order that brings none.
     """
 

@@ -31,7 +31,7 @@ from tests.daemons import until
 ROOT = Path(__file__).parents[2]
 PORTRAIT = ROOT / "tests" / "data" / "astronaut.png"
 GOOD, BAD = "by a window", "in a wood"
-OPENAI, COMFYUI = "openai_images", "comfyui"
+OPENAI, COMFYUI, DASHSCOPE = "openai_images", "comfyui", "dashscope"
 BOTH_WAYS = '{"openai_images": ["comfyui"], "comfyui": ["openai_images"]}'
 
 
@@ -247,22 +247,47 @@ async def test_a_running_task_is_stopped_before_the_next_provider_is_asked(datab
     assert order.calls() == [(COMFYUI, "cancelled", [1]), (OPENAI, "succeeded", [1])]
 
 
-async def test_a_late_result_is_used(database: str, order: Order, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", [COMFYUI, DASHSCOPE])
+async def test_a_late_result_is_used(database: str, order: Order, tmp_path: Path, provider: str) -> None:
     """A task that ended after its batch was out of attempts is fetched, and nobody else is asked."""
     async with Sandbox(Behaviour(latency_s=1.0)) as sandbox:
         settings = settings_for(
             sandbox,
             tmp_path,
+            ORDERS__FALLBACK=f'{{"{provider}": ["openai_images"]}}',
+            PHOTOS__ALLOWED_HOSTS=sandbox.url.removeprefix("http://"),
             GENERATE__COMFYUI__TASK_TIMEOUT="200ms",
+            GENERATE__DASHSCOPE__BASE_URL=sandbox.url,
+            GENERATE__DASHSCOPE__API_KEY="sk-fallback-test-0123456789",
+            GENERATE__DASHSCOPE__POLL="50ms",
+            GENERATE__DASHSCOPE__TASK_TIMEOUT="200ms",
             QUEUES__GENERATE__ATTEMPTS="1",
             QUEUES__GENERATE__BACKOFF="2s",
         )
         async with daemon(settings, database) as running:
-            await order.place(running, COMFYUI, images=1)
+            await order.place(running, provider, images=1)
             await until(order.has_ended, timeout_s=60)
-        assert (_bought(sandbox, COMFYUI), _bought(sandbox, OPENAI)) == ({GOOD: 1}, {})
-    assert (order.ended()[0], order.makers(), order.moves()) == ("completed", [COMFYUI], [])
-    assert order.calls() == [(COMFYUI, "succeeded", [1])]
+        assert (_bought(sandbox, provider), _bought(sandbox, OPENAI)) == ({GOOD: 1}, {})
+    assert (order.ended()[0], order.makers(), order.moves()) == ("completed", [provider], [])
+    assert order.calls() == [(provider, "succeeded", [1])]
+
+
+async def test_no_key_that_may_start_a_call_is_a_provider_that_failed(database: str, order: Order, tmp_path: Path) -> None:
+    """Keys whose accounts are empty rest until tomorrow: what waits for them goes to the next provider."""
+    async with Sandbox(Behaviour(latency_s=0.02)) as sandbox:
+        keys = '[{"alias": "main", "key": "sk-fallback-test"}]'
+        more = {"GENERATE__OPENAI_IMAGES__API_KEY": "", "GENERATE__OPENAI_IMAGES__KEYS": keys}
+        async with daemon(settings_for(sandbox, tmp_path, **more), database) as running:
+            order.connection.execute(
+                "UPDATE jobdaemon.provider_keys SET rested_until = now() + interval '5 hours',"
+                " rest_reason = 'its account is out of money'"
+            )
+            await order.place(running, OPENAI)
+            await until(order.has_ended, timeout_s=60)
+        assert OPENAI not in sandbox.shop.report()
+    assert (order.ended()[0], order.makers()) == ("completed", [COMFYUI] * 6)
+    reason = "no key of it can start a call within 120 s: main rests (its account is out of money)"
+    assert order.moves() == [f"moved from openai_images to comfyui: {reason}"] * 2
 
 
 @pytest.mark.parametrize("is_gone", [False, True], ids=["at work", "gone"])
