@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from jobdaemon import schema_version
 from jobdaemon.db import DatabaseAddress
+from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
@@ -392,12 +393,26 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             ensure_rows=lambda: ensure_rows(store, settings),
             discard=lambda keys: _discard(artifacts, keys, events),
             images_per_call=_images_per_call(settings, providers),
+            fallback=_fallback_rules(settings, providers),
         )
         yield Daemon(supervisor, store, artifacts)
 
 
 def _images_per_call(settings: Settings, providers: Mapping[str, Provider]) -> Callable[[str], int]:
     return lambda name: min(settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1)
+
+
+def _fallback_rules(settings: Settings, providers: Mapping[str, Provider]) -> FallbackRules:
+    plans: dict[str, tuple[str, ...]] = {
+        name: plan.fallback for name, plan in settings.plans.items() if plan.fallback is not None
+    }
+    return FallbackRules(
+        chains=settings.orders.fallback,
+        plans=plans,
+        after=settings.orders.fallback_after,
+        unpaid={name for name, provider in providers.items() if not provider.is_paid},
+        images_per_call=_images_per_call(settings, providers),
+    )
 
 
 def open_http_client(settings: Settings) -> GuardedClient:
@@ -430,6 +445,7 @@ def build_stages(
 ) -> dict[str, Stage]:
     """Task name -> stage."""
     from jobdaemon.photo import PhotoLimits, inspect_image
+    from jobdaemon.stages.abandon import AbandonStage
     from jobdaemon.stages.beautify import BeautifyStage
     from jobdaemon.stages.generate import GenerateStage
     from jobdaemon.stages.upload import RemoveStage, UploadStage
@@ -451,7 +467,11 @@ def build_stages(
             images_per_call=_images_per_call(settings, providers),
         ),
         Task.GENERATE: GenerateStage(
-            orders=orders, store=artifacts, providers=providers, max_photo_bytes=photos.result_max_bytes
+            orders=orders,
+            store=artifacts,
+            providers=providers,
+            max_photo_bytes=photos.result_max_bytes,
+            fallback=_fallback_rules(settings, providers),
         ),
         Task.UPLOAD: UploadStage(
             orders=orders,
@@ -461,6 +481,7 @@ def build_stages(
             max_image_bytes=photos.result_max_bytes,
         ),
         Task.REMOVE: RemoveStage(orders=orders, store=artifacts),
+        Task.ABANDON: AbandonStage(orders=orders, providers=providers),
     }
 
 

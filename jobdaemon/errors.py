@@ -7,6 +7,7 @@ Every error this package raises on purpose.
         RowsLockedError           somebody holds what a statement needs; the connection is as good as before
       SchemaVersionError          the schema is too old or too new for this program; exit code 3
       LeaseLostError              another worker owns the job; drop the result
+        OrderEndedError           nobody works on its order any more
       RefusedError                the door said no: full, unknown plan, bad source; exit code 4
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
@@ -55,6 +56,10 @@ class SchemaVersionError(JobdaemonError):
 
 class LeaseLostError(JobdaemonError):
     """The attempt's token no longer holds: its result must be dropped."""
+
+
+class OrderEndedError(LeaseLostError):
+    """The order was cancelled, expired or ended: nobody goes on with what the attempt has bought."""
 
 
 class RefusedError(JobdaemonError):

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import Write
@@ -282,6 +283,10 @@ class OrderReader(Protocol):
         """A call that ended well, whose results may be fetched once more; None once the provider has forgotten it."""
         ...
 
+    async def unfinished_call(self, call_id: int) -> ProviderCall | None:
+        """This call, if its end is unknown."""
+        ...
+
 
 class Attempt(Protocol):
     """One run of a job, as its stage sees it."""
@@ -291,12 +296,27 @@ class Attempt(Protocol):
         """The claimed job."""
         ...
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether all attempts of the job are spent: this one only settles what they left behind."""
+        ...
+
+    def if_given_up(self, instead: Callable[[], Move | Settle | None]) -> None:
+        """
+        What to do with the job rather than give it up, should this attempt fail and be the last.
+
+        Args:
+            instead: asked once the attempt has failed.
+        """
+        ...
+
     async def checkpoint(self, *writes: Write) -> None:
         """
         Commit *writes* now, in the middle of the attempt, if the attempt still holds its job.
 
         Raises:
-            LeaseLostError: somebody else has the job now, or its order has ended: stop working on it.
+            LeaseLostError: somebody else has the job now: stop working on it.
+            OrderEndedError: its order has ended. What *writes* say of provider calls is kept all the same.
         """
         ...
 

@@ -60,6 +60,8 @@ from jobdaemon.settings_values import (
     Hosts,
     LongerThanZero,
     Name,
+    NamesByName,
+    OptionalNames,
     OptionalPath,
     OptionalPriority,
     OptionalSecret,
@@ -192,6 +194,7 @@ class PlanSettings(Section):
         expires_after: an order still open then ends as failed, with a reason.
         max_open_orders: of this plan; more are refused as "queue full". 0 means no limit.
         max_open_orders_per_customer: of this plan, for one customer. 0 means no limit.
+        fallback: providers that take over when the order's own fails, in this order; None means as ``orders.fallback`` says.
     """
 
     images: Annotated[Whole, Field(ge=1, le=1_000)]
@@ -201,6 +204,7 @@ class PlanSettings(Section):
     expires_after: LongerThanZero = timedelta(hours=24)
     max_open_orders: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 100
     max_open_orders_per_customer: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 0
+    fallback: OptionalNames = None
 
 
 class FreePlan(PlanSettings):
@@ -284,11 +288,15 @@ class OrdersSettings(Section):
     Attributes:
         provider: of an order that names none.
         images_per_call: most images of one provider call; a provider's own limit may be lower.
+        fallback: provider of an order -> providers that take over when it fails, in this order.
+        fallback_after: a provider has failed of which nothing can start for longer, by its circuit or its keys.
         prompts: of an order that brings none.
     """
 
     provider: Name = "local"
     images_per_call: Annotated[Whole, Field(ge=1, le=100)] = 5
+    fallback: NamesByName = Field(default_factory=dict)
+    fallback_after: LongerThanZero = timedelta(minutes=2)
     prompts: PlanPrompts = PlanPrompts()
 
 
@@ -546,6 +554,8 @@ def _shown(value: object, key: str) -> Any:
             return str(value)
         case tuple():
             return [_shown(item, f"{key}.{number}") for number, item in enumerate(value)]
+        case dict():
+            return {name: _shown(item, f"{key}.{name}") for name, item in value.items()}
         case int() if key.endswith("_bytes"):
             return format_size(value)
     return value
@@ -569,6 +579,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
     yield from provider_contradictions(settings.generate, settings.superbed, orders.provider, settings.store.kind)
     if orders.provider not in PROVIDERS:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
+    yield from _fallback_contradictions(settings)
     if settings.beautify.backend not in BACKENDS:
         yield Problem("beautify.backend", f"there is no backend {settings.beautify.backend!r}; there is {', '.join(BACKENDS)}")
     for name, plan in settings.plans.items():
@@ -579,6 +590,24 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(f"orders.prompts.{name}", f"holds {len(prompts)} prompts, more than plans.{name}.images allows")
         if any(not prompt.strip() or len(prompt.encode(errors="replace")) > MAX_PROMPT_BYTES for prompt in prompts):
             yield Problem(f"orders.prompts.{name}", f"has a prompt that is empty or longer than {MAX_PROMPT_BYTES} bytes")
+
+
+def _fallback_contradictions(settings: Settings) -> Iterator[Problem]:
+    chains = {f"orders.fallback.{name}": chain for name, chain in settings.orders.fallback.items()}
+    chains |= {f"plans.{name}.fallback": plan.fallback or () for name, plan in settings.plans.items()}
+    for name in settings.orders.fallback:
+        if name not in PROVIDERS:
+            yield Problem(f"orders.fallback.{name}", f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
+        elif name in settings.orders.fallback[name]:
+            yield Problem(f"orders.fallback.{name}", f"names {name} as its own fallback")
+    for key, chain in chains.items():
+        for name in dict.fromkeys(chain):
+            if name not in PROVIDERS:
+                yield Problem(key, f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
+            elif name not in settings.generate.usable():
+                yield Problem(key, f"names {name}, but generate.{name} lacks what it takes to call it")
+            if chain.count(name) > 1:
+                yield Problem(key, f"names {name} more than once")
 
 
 def _queue_contradictions(settings: Settings) -> Iterator[Problem]:

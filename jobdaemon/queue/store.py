@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -19,9 +19,10 @@ import asyncpg
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.fallback import FallbackRules, Trouble
 from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.keys import ProviderKey
-from jobdaemon.domain.mending import OrderImage, OrderJob, StrayOrder, mend
+from jobdaemon.domain.mending import OrderCall, OrderImage, OrderJob, StrayOrder, mend
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
@@ -29,7 +30,7 @@ from jobdaemon.domain.write import OrderFailed
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
 from jobdaemon.events import Event
 from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
-from jobdaemon.queue import fence, sql, writes
+from jobdaemon.queue import fence, moving, sql, writes
 from jobdaemon.queue.key_rests import rest_keys
 from jobdaemon.queue.steering import Steering
 
@@ -316,7 +317,35 @@ class PostgresJobStore:
             await connection.execute(_JOBS["stop_jobs"], sorted(order_ids))
             document = json.dumps([writes.row(OrderFailed(record["id"], record["error"])) for record in expired])
             await connection.execute(_ORDERS["order_failed"], document)
-            return await self._settle(connection, order_ids)
+            changes = await self._settle(connection, order_ids)
+            await connection.execute(_ORDERS["abandon_calls"], sorted(order_ids))
+            return changes
+
+    async def abandon_calls(self, limit: int) -> int:
+        """
+        The net below cancelling and expiring: have calls of ended orders stopped that nobody goes on with, and lost ones told.
+
+        Returns:
+            How many orders had any, *limit* at most.
+        """
+        async with self._upkeep.use() as connection, connection.transaction():
+            order_ids = [record["id"] for record in await connection.fetch(_ORDERS["abandoned_orders"], limit)]
+            if order_ids:
+                await connection.execute(_ORDERS["abandon_calls"], order_ids)
+        return len(order_ids)
+
+    async def troubled_providers(self, after: timedelta) -> list[Trouble]:
+        """Providers of which nothing can start, by their circuit or their keys; *after* is what counts as long."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_JOBS["troubled_providers"], after.total_seconds())
+        return [Trouble(record["provider"], record["is_long"], record["reason"]) for record in records]
+
+    async def move_waiting(
+        self, provider: str, rules: FallbackRules, *, avoid: Collection[str], reason: str, skip: int, limit: int
+    ) -> moving.Look:
+        """Send on what waits in a provider's queue: see :func:`jobdaemon.queue.moving.move_waiting`."""
+        async with self._upkeep.use() as connection, connection.transaction():
+            return await moving.move_waiting(connection, provider, rules, avoid=avoid, reason=reason, skip=skip, limit=limit)
 
     async def lift_orders(self, limit: int = 20) -> int:
         """Lift orders that waited longer than their plan's ``lift_after`` over all plans; returns how many, *limit* at most."""
@@ -368,8 +397,11 @@ class PostgresJobStore:
         for row in await connection.fetch(_RECONCILE["stray_jobs"], order_ids):
             job = Job(row["id"], "", row["task_name"], 0, json.loads(row["args"]))
             jobs[row["order_id"]].append(OrderJob(job, row["status"]))
+        calls: dict[int, list[OrderCall]] = {order_id: [] for order_id in order_ids}
+        for row in await connection.fetch(_RECONCILE["stray_calls"], order_ids):
+            calls[row["order_id"]].append(OrderCall(row["provider"], tuple(row["images"])))
         return [
-            StrayOrder(id, order["priority"], order["provider"], order["is_beautified"], images[id], jobs[id])
+            StrayOrder(id, order["priority"], order["provider"], order["is_beautified"], images[id], jobs[id], calls[id])
             for id, order in zip(order_ids, orders, strict=True)  # noqa: A001 - an order's
         ]
 
@@ -445,8 +477,13 @@ class PostgresJobStore:
             changed = await self._apply_writes(connection, [ruling.commit for ruling in rulings if ruling.commit])
             # Every end may be the last thing its order waited for, even one that had nothing to write.
             changed |= {ruling.job.order_id for ruling in rulings if ruling.status in _FINAL and ruling.job.order_id is not None}
+            # Before its attempt's end: what has moved ends where it is now.
+            moves = [(ruling.job, ruling.commit.move) for ruling in rulings if ruling.commit and ruling.commit.move]
+            await moving.move_jobs(connection, moves)
             await self._end_jobs(connection, [ruling for ruling in rulings if ruling.status is not None], daemon_id)
             changes = await self._settle(connection, changed)
+            if over := {ruling.job.order_id for ruling in rulings if ruling.verdict is Verdict.ORDER_ENDED}:
+                await connection.execute(_ORDERS["abandon_calls"], sorted(id for id in over if id is not None))  # noqa: A001
             ended_here = [t for t, ruling in zip(transitions, rulings, strict=True) if ruling.status is not None]
             news: list[Event] = list(await rest_keys(connection, ended_here))
             news += await self._steering.apply(connection, ended_here)
@@ -553,6 +590,10 @@ class PostgresJobStore:
     async def collectable_call(self, call_id: int) -> ProviderCall | None:
         """A call that ended well, whose results may be fetched once more; None once the provider has forgotten it."""
         return await self._load_call("collectable_call", call_id)
+
+    async def unfinished_call(self, call_id: int) -> ProviderCall | None:
+        """This call, if its end is unknown."""
+        return await self._load_call("unfinished_call", call_id)
 
     async def _load_call(self, statement: str, number: int) -> ProviderCall | None:
         async with self._reads.use() as connection:

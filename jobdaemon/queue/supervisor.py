@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
+from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.errors import DatabaseUnavailableError
 from jobdaemon.events import (
     CircuitTurned,
@@ -88,10 +89,12 @@ class Supervisor:
         ensure_rows: Callable[[], Awaitable[None]],
         discard: Callable[[tuple[str, ...]], Awaitable[None]],
         images_per_call: Callable[[str], int] = lambda provider: 1,  # noqa: ARG005 - a provider's name
+        fallback: FallbackRules | None = None,
     ) -> None:
         """
         Args:
             images_per_call: how many images one call of a provider makes, for jobs that have to be made again.
+            fallback: who takes over what waits for a provider in trouble; nobody when None.
             require_schema: raises SchemaVersionError when these applied migrations do not fit this program.
             ensure_rows: inserts the plans and queues of the settings that are missing.
             discard: deletes artifacts that nobody needs any more; must not raise.
@@ -144,6 +147,7 @@ class Supervisor:
             daemon_id=lambda: self.daemon_id,
             on_drain=self._drain,
             images_per_call=images_per_call,
+            fallback=fallback,
         )
 
     @property

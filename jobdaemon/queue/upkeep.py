@@ -15,11 +15,12 @@ from datetime import timedelta
 from functools import partial
 
 from jobdaemon.domain.expand import writes_when_dead
+from jobdaemon.domain.fallback import FallbackRules, moved_sentence, stranded
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import MAX_DEATHS, after_death
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, UpkeepFailed
+from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, ProviderChanged, UpkeepFailed
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, PostgresJobStore
 from jobdaemon.queue.team import Team
@@ -36,6 +37,9 @@ _RECONCILE_LIMIT = 200
 _MEND_LIMIT = 50
 #: A round waits no longer for what it wants committed: somebody may hold an order for hours.
 _COMMIT_PATIENCE_S = 5.0
+#: Batches behind an open circuit are sent on so many at a time, and so many times a round.
+_MOVE_LIMIT = 100
+_MOVES_PER_ROUND = 20
 #: Timers ring a little early; asking again too soon would find the job still not due.
 _TIMER_SLACK_S = 0.002
 
@@ -55,10 +59,12 @@ class Upkeep:
         daemon_id: Callable[[], int],
         on_drain: Callable[[bool], None],
         images_per_call: Callable[[str], int],
+        fallback: FallbackRules | None = None,
     ) -> None:
         """
         Args:
             images_per_call: of a provider, by its name.
+            fallback: who takes over what waits for a provider in trouble; nobody when None.
             on_drain: told at each look whether this daemon is to claim nothing more.
             daemon_id: this daemon's, at the moment.
         """
@@ -79,6 +85,7 @@ class Upkeep:
         self._ends: dict[tuple[int, int | None], asyncio.Future[Verdict]] = {}
         self._must_look = False
         self._images_per_call = images_per_call
+        self._fallback = fallback or FallbackRules()
         self._polls = 0
         #: Open orders that were out of line at the last look, and up to which id the open ones were looked at.
         self._stray_orders: set[int] = set()
@@ -170,9 +177,11 @@ class Upkeep:
                 raise
         if is_poll:
             await self._rescue()
+            await self._fall_back()
             self._polls += 1
             if self._polls % _RECONCILE_EVERY == 0:
                 await self._reconcile()
+                await self._store.abandon_calls(_RECONCILE_LIMIT)
 
     async def _lift(self) -> None:
         count = await self._store.lift_orders(_LIFT_LIMIT)
@@ -253,6 +262,23 @@ class Upkeep:
         looked = await self._store.open_orders(after=self._looked_at, limit=_RECONCILE_LIMIT)
         self._looked_at = max(looked) if len(looked) == _RECONCILE_LIMIT else 0
         self._stray_orders.update(order_id for order_id, is_stray in looked.items() if is_stray)
+
+    async def _fall_back(self) -> None:
+        """Send on what waits for providers that have been in trouble for too long."""
+        rules = self._fallback
+        if not rules.is_any:
+            return
+        providers, avoid = stranded(await self._store.troubled_providers(rules.after))
+        for provider, reason in providers.items():
+            skip = 0
+            for _ in range(_MOVES_PER_ROUND):
+                look = await self._store.move_waiting(provider, rules, avoid=avoid, reason=reason, skip=skip, limit=_MOVE_LIMIT)
+                for batch in look.moved:
+                    told = moved_sentence(provider, batch.provider, reason)
+                    self._events.emit(ProviderChanged(batch.order_id, batch.job_id, provider, batch.provider, reason=told))
+                skip += look.seen - len(look.moved)
+                if look.seen < _MOVE_LIMIT:
+                    break
 
     async def _rescued(self, job: Job, owner: int | None, ran_alone: bool) -> Transition:
         other_deaths = 0

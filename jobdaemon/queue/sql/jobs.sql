@@ -207,6 +207,55 @@ FROM ROWS FROM (jsonb_to_recordset($1::jsonb) AS (queue text, task text, priorit
     WITH ORDINALITY AS n (queue, task, priority, args, delay_s, place)
 LEFT JOIN jobdaemon.orders o ON o.id = (n.args ->> 'order_id')::bigint;
 
+-- name: move_jobs
+-- {job_id, queue, images, tried}: (locked) jobs go on in another provider's queue, with new attempts and the images named.
+-- What an earlier provider has made is not to be had there.
+UPDATE jobdaemon.procrastinate_jobs j
+SET queue_name = m.queue, attempts = 0, scheduled_at = NULL, key_alias = NULL,
+    args = (j.args - 'call') || jsonb_build_object('images', m.images, 'tried', m.tried)
+FROM jsonb_to_recordset($1::jsonb) AS m (job_id bigint, queue text, images jsonb, tried jsonb)
+WHERE j.id = m.job_id;
+
+-- name: troubled_providers
+-- Providers whose circuit is not closed, and those of whose keys none can start a call now; whether that has been so, or will be so,
+-- for longer than $1 seconds; and why. Keys that an operator paused all of are his own affair, as a paused queue is.
+SELECT substr(q.name, length('generate.') + 1) AS provider,
+    coalesce(q.circuit_since <= clock_timestamp() - $1 * interval '1 second', false) AS is_long,
+    format('its circuit has been open for %s s', $1::float8) AS reason
+FROM jobdaemon.queues q WHERE q.circuit <> 'closed' AND q.name LIKE 'generate.%'
+UNION ALL
+SELECT k.provider, min(k.opens_at) > clock_timestamp() + $1 * interval '1 second',
+    format('no key of it can start a call within %s s: %s', $1::float8, string_agg(format('%s %s', k.alias, CASE
+        WHEN k.paused THEN 'is paused' WHEN k.rested_until > clock_timestamp() THEN 'rests' || coalesce(' (' || k.rest_reason || ')', '')
+        ELSE 'has spent its budget for today' END), ', ' ORDER BY k.alias))
+FROM (
+    SELECT k.*, CASE WHEN k.paused OR k.daily_budget = 0 THEN 'infinity' ELSE greatest(k.rested_until,
+        CASE WHEN k.spent_on = t.today AND k.spent >= k.daily_budget THEN (t.today + 1)::timestamp AT TIME ZONE 'UTC' END) END AS opens_at
+    FROM jobdaemon.provider_keys k CROSS JOIN (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date AS today) AS t
+) AS k
+GROUP BY k.provider HAVING bool_and(coalesce(k.opens_at > clock_timestamp(), false)) AND NOT bool_and(k.paused);
+
+-- name: waiting_batches
+-- Ready batches of queue $1 in claim order, $2 passed over, $3 at most. One that has bought something stays, unless calls cost
+-- nothing here ($4): only its provider can say what became of that.
+SELECT j.id, (j.args ->> 'order_id')::bigint AS order_id
+FROM jobdaemon.procrastinate_jobs j
+WHERE j.queue_name = $1 AND j.status = 'todo' AND j.scheduled_at IS NULL AND j.task_name = 'jobdaemon.generate'
+    AND ($4 OR NOT j.args ? 'call' AND NOT EXISTS (
+        SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = j.id AND c.outcome IS NULL))
+ORDER BY j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id
+OFFSET $2 LIMIT $3;
+
+-- name: lock_free_orders
+-- Open ones of these orders; those that somebody holds are left to the next look.
+SELECT o.id, o.plan, o.provider FROM jobdaemon.orders o
+WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL ORDER BY o.id FOR UPDATE SKIP LOCKED;
+
+-- name: lock_waiting
+-- Those of these jobs that still wait in queue $2.
+SELECT j.id, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token FROM jobdaemon.procrastinate_jobs j
+WHERE j.id = ANY ($1::bigint[]) AND j.queue_name = $2 AND j.status = 'todo' ORDER BY j.id FOR UPDATE SKIP LOCKED;
+
 -- name: record_attempts
 -- Why attempts did not succeed: {job_id, order_id, queue, attempt, token, daemon_id, seconds, outcome, error_kind, error}.
 INSERT INTO jobdaemon.attempts
