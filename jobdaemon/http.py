@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from importlib import import_module
 from typing import Any
 
 import httpcore
@@ -154,6 +155,9 @@ class GuardedClient:
         max_connections: int = 100,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
+        with suppress(ImportError):
+            # httpcore would import it within the first request, and hold the event loop up for as long as that takes.
+            import_module("anyio._backends._asyncio")
         self._allowed = AllowedHosts(allowed_hosts)
         self._timeout = httpx.Timeout(idle_timeout.total_seconds(), connect=connect_timeout.total_seconds())
         self._proxied = proxy is not None

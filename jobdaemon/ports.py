@@ -275,6 +275,10 @@ class OrderReader(Protocol):
         """All images of the order, by index."""
         ...
 
+    async def load_image(self, order_id: int, index: int) -> ImageRow | None:
+        """One image of the order, or None when it has none of this index."""
+        ...
+
     async def open_call(self, job_id: int) -> ProviderCall | None:
         """The newest call that an earlier attempt of this job noted, if its end is unknown."""
         ...

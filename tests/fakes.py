@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,9 @@ class FakeOrders:
 
     async def load_images(self, order_id: int) -> list[ImageRow]:
         return self.images
+
+    async def load_image(self, order_id: int, index: int) -> ImageRow | None:
+        return next((row for row in self.images if row.index == index), None)
 
     async def open_call(self, job_id: int) -> ProviderCall | None:
         return self.call
@@ -109,9 +113,9 @@ class FakeBackend:
 
 @dataclass(slots=True)
 class FakeProvider:
-    """Provider that yields what a test gives it; an exception among the events is raised."""
+    """Provider that yields what a test gives it; an exception among the events is raised, None lets what was begun get on."""
 
-    script: Sequence[ProviderEvent | Exception] = ()
+    script: Sequence[ProviderEvent | Exception | None] = ()
     requests: list[GenerateRequest] = field(default_factory=list)
     closed: int = 0
     name: str = "fake"
@@ -138,7 +142,11 @@ class FakeProvider:
             for event in self.script:
                 if isinstance(event, Exception):
                     raise event
-                yield event
+                if event is None:
+                    for _ in range(10):
+                        await asyncio.sleep(0)
+                else:
+                    yield event
         finally:
             self.closed += 1
 

@@ -147,6 +147,12 @@ class PostgresJobStore:
         self._on_silence: Callable[[], None] | None = None
         self._on_probe: Callable[[str], None] | None = None
 
+    async def connect(self) -> None:
+        """Open what a first job would otherwise wait for; the first heartbeat opens the listening connection."""
+        for session in (self._claims, self._finishes, self._reads):
+            async with session.use():
+                pass
+
     async def close(self) -> None:
         """Close all connections."""
         self._on_silence = None
@@ -505,7 +511,8 @@ class PostgresJobStore:
         for statement, group in writes.by_statement(write for t in transitions for write in t.writes):
             document = json.dumps([writes.row(write) for write in group])
             applied = {tuple(record.values()) for record in await connection.fetch(_ORDERS[statement], document)}
-            touched |= {write.order_id for write in group}
+            if statement not in writes.OF_CALLS:
+                touched |= {write.order_id for write in group}
             for write in group:
                 if writes.key(write) in applied:
                     following += [writes.job_row(job) for job in getattr(write, "then", ())]
@@ -570,18 +577,13 @@ class PostgresJobStore:
         """All images of the order, by index."""
         async with self._reads.use() as connection:
             records = await connection.fetch(_ORDERS["load_images"], order_id)
-        return [
-            ImageRow(
-                record["index"],
-                record["prompt"],
-                record["status"],
-                record["provider"],
-                record["locator"],
-                record["object_key"],
-                record["call_id"],
-            )
-            for record in records
-        ]
+        return [_image(record) for record in records]
+
+    async def load_image(self, order_id: int, index: int) -> ImageRow | None:
+        """One image of the order, or None when it has none of this index."""
+        async with self._reads.use() as connection:
+            record = await connection.fetchrow(_ORDERS["load_image"], order_id, index)
+        return None if record is None else _image(record)
 
     async def open_call(self, job_id: int) -> ProviderCall | None:
         """The newest call that an earlier attempt of this job noted, if its end is unknown."""
@@ -624,4 +626,16 @@ def _job(record: asyncpg.Record, queue: str) -> Job:
         deaths=record["deaths"] or 0,
         token=record["token"],
         key_alias=record["key_alias"],
+    )
+
+
+def _image(record: asyncpg.Record) -> ImageRow:
+    return ImageRow(
+        record["index"],
+        record["prompt"],
+        record["status"],
+        record["provider"],
+        record["locator"],
+        record["object_key"],
+        record["call_id"],
     )

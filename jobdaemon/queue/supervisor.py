@@ -233,6 +233,7 @@ class Supervisor:
             try:
                 self._require_schema(await self._store.applied_migrations())
                 await self._ensure_rows()
+                await self._store.connect()
                 self._heartbeat.daemon_id = await self._register()
                 return True
             except DatabaseUnavailableError as error:

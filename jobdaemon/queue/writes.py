@@ -40,6 +40,8 @@ _STATEMENTS: dict[type[Write], str] = {
     OrderFailed: "order_failed",
     ImagesRemoved: "images_removed",
 }
+#: Those that say nothing of the order itself: nothing is to be counted or told after them.
+OF_CALLS = frozenset({"call_submitted", "call_accepted", "call_ended"})
 #: Error sentences are for people; whole responses of a provider are not.
 MAX_ERROR_CHARS = 2000
 

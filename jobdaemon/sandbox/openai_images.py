@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import BodyPartReader, web
-from PIL import Image
+from PIL import ExifTags, Image
 
 from jobdaemon.sandbox.faults import CALL_FAULTS, Fault
-from jobdaemon.sandbox.shop import File, Shop, prompt_digest
+from jobdaemon.sandbox.shop import NUMBER_KEYWORD, File, Shop, prompt_digest
 
 API = "openai_images"
 _MODELS = ("gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "gpt-image-2.5-flare", "dall-e-2", "dall-e-3")
@@ -318,5 +318,8 @@ def _in_format(png: bytes, wanted: str) -> bytes:
         return png
     out = io.BytesIO()
     with Image.open(io.BytesIO(png)) as picture:
-        picture.save(out, _FORMATS[wanted])
+        # Without the PNG's text chunk, every file would be like every other.
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = picture.info[NUMBER_KEYWORD]
+        picture.save(out, _FORMATS[wanted], exif=exif)
     return out.getvalue()

@@ -1,20 +1,18 @@
 """
 generate: one provider call for a batch of images of one prompt.
 
-What arrives is checkpointed at once, image by image, each with its upload job: the first image of an order is stored while its
-siblings are still being made, and an attempt that dies has lost only what had not arrived. What becomes of the call itself is
-:mod:`jobdaemon.stages.provider_call`'s.
+What arrives is checkpointed at once, each image with its upload job (:mod:`jobdaemon.stages.arrivals`): the first image of an
+order is stored while its siblings are still being made, and an attempt that dies has lost only what had not arrived. What becomes
+of the call itself is :mod:`jobdaemon.stages.provider_call`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self
 
 from jobdaemon.domain.artifact import Artifact, generated_key
 from jobdaemon.domain.expand import upload_job
@@ -34,6 +32,7 @@ from jobdaemon.ports import (
     OrderRow,
     Provider,
 )
+from jobdaemon.stages.arrivals import Arrivals
 from jobdaemon.stages.provider_call import CallRecord
 from jobdaemon.stages.source import ARTIFACT_SCHEME
 
@@ -79,26 +78,29 @@ class GenerateStage:
         move = self._fallback.move(order.plan, order.provider, provider.name)
         attempt.if_given_up(lambda: None if move is None else self._instead(move, attempt, call))
         request = await call.find(self._orders, self._request(order, order.beautified, rows, missing, key=job.key_alias))
-        arriving = _Arriving()
+        last: tuple[Write, ...] = ()
         try:
             if move is not None and attempt.is_spent:
                 await call.settle()
-            async with aclosing(provider.generate(request)) as events, arriving:
-                async for event in events:
-                    if not isinstance(event, ImageMade | ImageRefused):
-                        # The rows of images name the call that is open when they are written.
-                        await arriving.all_in()
-                        await call.note(event, missing)
-                    # A resumed call tells of all its images, of those too that arrived before.
-                    elif missing.pop(event.index, None) is not None:
-                        arriving.take(self._note(event, attempt, order, provider.name, call))
+            async with Arrivals(attempt) as arrivals:
+                async with aclosing(provider.generate(request)) as events:
+                    async for event in events:
+                        if not isinstance(event, ImageMade | ImageRefused):
+                            # The rows of images name the call that is open when they are written.
+                            await arrivals.all_noted()
+                            await call.note(event, missing)
+                        # A resumed call tells of all its images, of those too that arrived before.
+                        elif missing.pop(event.index, None) is not None:
+                            arrivals.take(self._arrived(event, attempt, order, provider.name, call))
+                if not missing:
+                    last = await arrivals.rest()
         except Exception as error:
             await call.failed(error, "failed" if len(missing) == len(request.images) else "partial")
             raise
         if missing:
             await call.close("partial" if len(missing) < len(request.images) else "failed")
             raise ProviderUnavailableError(f"{provider.name} sent no image for number {', '.join(map(str, sorted(missing)))}")
-        return Done(writes=call.ends("succeeded"))
+        return Done(writes=(*last, *call.ends("succeeded")))
 
     def _provider(self, name: str) -> Provider:
         provider = self._providers.get(name)
@@ -129,11 +131,6 @@ class GenerateStage:
             key=key,
         )
 
-    async def _note(
-        self, event: ImageMade | ImageRefused, attempt: Attempt, order: OrderRow, provider: str, call: CallRecord
-    ) -> None:
-        await attempt.checkpoint(await self._arrived(event, attempt, order, provider, call))
-
     async def _arrived(
         self, event: ImageMade | ImageRefused, attempt: Attempt, order: OrderRow, provider: str, call: CallRecord
     ) -> Write:
@@ -160,40 +157,3 @@ class GenerateStage:
                 return ARTIFACT_SCHEME + (await self._store.put(key, image.content, image.media_type)).key
             await asyncio.sleep(rest_s)
         return ARTIFACT_SCHEME + (await self._store.put(key, image.content, image.media_type)).key
-
-
-class _Arriving:
-    """
-    Images on their way into the store and the database, side by side: the provider's slot is ours until the last one is in.
-
-    What fails ends the attempt, at the latest with the block; an attempt that is cancelled takes them along.
-    """
-
-    def __init__(self) -> None:
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    def take(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start *work*. Raises what earlier work raised: nothing more is to be asked for then."""
-        self._tasks.append(asyncio.ensure_future(work))
-        for task in self._tasks:
-            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-                raise error
-
-    async def all_in(self) -> None:
-        """Wait for those so far; raises what went wrong."""
-        for end in await asyncio.gather(*self._tasks, return_exceptions=True):
-            if isinstance(end, BaseException):
-                raise end
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Wait for all of them, whatever else went wrong: what arrived is paid for."""
-        if kind is not None and not issubclass(kind, Exception):
-            for task in self._tasks:
-                task.cancel()
-        if kind is None:
-            await self.all_in()
-        else:
-            await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -50,7 +50,7 @@ class UploadStage:
         SourceUnavailableError for a download that is none.
         """
         order_id, index = attempt.job.args["order_id"], attempt.job.args["image"]
-        image = next((row for row in await self._orders.load_images(order_id) if row.index == index), None)
+        image = await self._orders.load_image(order_id, index)
         if image is None:
             raise InvalidOrderError(f"order {order_id} has no image {index}")
         if image.status != "generated":

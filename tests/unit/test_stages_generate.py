@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,7 +28,7 @@ from jobdaemon.errors import (
     UnsupportedFeatureError,
 )
 from jobdaemon.ports import ImageMade, ImageRefused, ProviderCall, Submitting, TaskAccepted, TaskOver
-from jobdaemon.stages import generate
+from jobdaemon.stages import arrivals, generate
 from jobdaemon.stages.generate import GenerateStage
 from tests.fakes import JPEG, FakeArtifacts, FakeAttempt, FakeOrders, FakeProvider, image_row, order_row
 
@@ -85,7 +85,7 @@ def _stage(orders: FakeOrders, provider: FakeProvider, store: FakeArtifacts | No
 async def test_images_are_noted_as_they_arrive() -> None:
     """Task id first, then each image with its upload job: inline bytes into the store, URLs as they are."""
     orders, store = _orders(), FakeArtifacts({PHOTO.key: b"photo"})
-    provider = FakeProvider([TaskAccepted("t1"), ImageMade(2, b"two", JPEG), ImageMade(1, url="https://p.example/1")])
+    provider = FakeProvider([TaskAccepted("t1"), ImageMade(2, b"two", JPEG), None, ImageMade(1, url="https://p.example/1"), None])
     attempt = FakeAttempt(JOB, orders)
     assert await _stage(orders, provider, store).run(attempt) == Done(writes=(CallEnded(1, 9, "succeeded"),))
     noted, second, first = attempt.checkpoints
@@ -102,6 +102,23 @@ async def test_images_are_noted_as_they_arrive() -> None:
     assert await request.load_photo() == b"photo"
     assert (request.prompt, request.images, request.params, request.resume) == ("p", ((1, 0), (2, 1)), {"seed": 3}, None)
     assert provider.closed == 1
+
+
+async def test_images_that_come_with_the_end_are_committed_with_it() -> None:
+    """An answer that is the end of its call costs one commit, however many images it holds."""
+    orders = _orders()
+    attempt = FakeAttempt(JOB, orders)
+    provider = FakeProvider([Submitting(), ImageMade(1, b"one", JPEG), ImageMade(2, url="https://p.example/2")])
+    done = await _stage(orders, provider).run(attempt)
+    assert attempt.checkpoints == [CallSubmitted(1, 9, "fake", (1, 2))]
+    one, two, ended = sorted(done.writes, key=lambda write: getattr(write, "index", 3))
+    assert isinstance(one, ImageGenerated)
+    assert isinstance(two, ImageGenerated)
+    assert [job.args for write in (one, two) for job in write.then] == [
+        {"order_id": 1, "image": 1},
+        {"order_id": 1, "image": 2},
+    ]
+    assert ended == CallEnded(1, 9, "succeeded")
 
 
 async def test_ordinals_count_the_images_of_the_same_prompt() -> None:
@@ -121,8 +138,8 @@ async def test_a_later_attempt_asks_only_for_what_is_missing_and_resumes() -> No
     done = await _stage(orders, provider).run(attempt)
     assert provider.requests[0].images == ((2, 1),)
     assert provider.requests[0].resume == OPEN_CALL
-    assert [type(write) for write in attempt.checkpoints] == [ImageGenerated]
-    assert done.writes == (CallEnded(1, 9, "succeeded"),)
+    assert attempt.checkpoints == []
+    assert [(type(write), getattr(write, "index", None)) for write in done.writes] == [(ImageGenerated, 2), (CallEnded, None)]
 
 
 async def test_a_call_is_noted_before_it_is_bought() -> None:
@@ -131,8 +148,8 @@ async def test_a_call_is_noted_before_it_is_bought() -> None:
     attempt = FakeAttempt(JOB, orders)
     made = [ImageMade(index, b"x", JPEG) for index in (1, 2)]
     done = await _stage(orders, FakeProvider([Submitting(), TaskAccepted("t1"), *made])).run(attempt)
-    assert attempt.checkpoints[:2] == [CallSubmitted(1, 9, "fake", (1, 2)), CallAccepted(1, 9, "t1")]
-    assert done.writes == (CallEnded(1, 9, "succeeded"),)
+    assert attempt.checkpoints == [CallSubmitted(1, 9, "fake", (1, 2)), CallAccepted(1, 9, "t1")]
+    assert done.writes[-1] == CallEnded(1, 9, "succeeded")
 
 
 async def test_each_call_of_an_attempt_is_noted_for_itself() -> None:
@@ -141,12 +158,11 @@ async def test_each_call_of_an_attempt_is_noted_for_itself() -> None:
     attempt = FakeAttempt(JOB, orders)
     script: list[Any] = [Submitting(), ImageMade(1, b"1", JPEG), Submitting(), ImageMade(2, b"2", JPEG)]
     done = await _stage(orders, FakeProvider(script)).run(attempt)
-    assert [write for write in attempt.checkpoints if not isinstance(write, ImageGenerated)] == [
-        CallSubmitted(1, 9, "fake", (1, 2)),
-        CallEnded(1, 9, "partial"),
-        CallSubmitted(1, 9, "fake", (2,)),
-    ]
-    assert done.writes == (CallEnded(1, 9, "succeeded"),)
+    submitted, first, ended, again = attempt.checkpoints
+    assert isinstance(first, ImageGenerated), "noted while the call that made it is the open one"
+    assert (submitted, ended) == (CallSubmitted(1, 9, "fake", (1, 2)), CallEnded(1, 9, "partial"))
+    assert again == CallSubmitted(1, 9, "fake", (2,))
+    assert [type(write) for write in done.writes] == [ImageGenerated, CallEnded]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +220,9 @@ async def test_an_image_is_collected_once_more_from_the_call_that_made_it() -> N
     job = Job(10, "generate.fake", Task.GENERATE, 300, {"order_id": 1, "images": [2], "call": 7})
     provider = FakeProvider([ImageMade(2, url="https://p.example/2-again")])
     attempt = FakeAttempt(job, orders)
-    assert await _stage(orders, provider).run(attempt) == Done()
+    done = await _stage(orders, provider).run(attempt)
     assert provider.requests[0].resume == OPEN_CALL
-    [generated] = attempt.checkpoints
+    [generated] = done.writes
     assert isinstance(generated, ImageGenerated)
     assert generated.call_id == 7
 
@@ -263,9 +279,9 @@ async def test_a_refused_image_fails_alone() -> None:
     """What the provider will not make fails with its reason; its sibling is made."""
     orders = _orders()
     attempt = FakeAttempt(JOB, orders)
-    await _stage(orders, FakeProvider([ImageRefused(1, "policy"), ImageMade(2, b"two", JPEG)])).run(attempt)
-    assert attempt.checkpoints[0] == ImageFailed(1, 1, "policy", was="pending")
-    assert [image.status for image in orders.images] == ["failed", "generated"]
+    done = await _stage(orders, FakeProvider([ImageRefused(1, "policy"), ImageMade(2, b"two", JPEG)])).run(attempt)
+    assert ImageFailed(1, 1, "policy", was="pending") in done.writes
+    assert [write.index for write in done.writes if isinstance(write, ImageGenerated)] == [2]
 
 
 @pytest.mark.parametrize("script", [[], [ImageMade(1, b"one", JPEG)], [ImageMade(1), ImageMade(2)]])
@@ -279,10 +295,12 @@ async def test_an_image_left_out_without_a_word_is_retried(script: list[Any]) ->
 
 async def test_the_call_is_closed_when_the_lease_is_lost() -> None:
     """A lost lease stops the stream at once, so that nothing more is fetched or bought."""
-    orders, provider = _orders(), FakeProvider([ImageMade(1, b"one", JPEG), ImageMade(2, b"two", JPEG)])
+    asked: list[Any] = [ImageMade(1, b"one", JPEG), None, ImageMade(2, b"two", JPEG), Submitting()]
+    orders, provider = _orders(), FakeProvider(asked)
+    attempt = FakeAttempt(JOB, orders, lost_after=0)
     with pytest.raises(LeaseLostError):
-        await _stage(orders, provider).run(FakeAttempt(JOB, orders, lost_after=1))
-    assert provider.closed == 1
+        await _stage(orders, provider).run(attempt)
+    assert (attempt.checkpoints, provider.closed) == ([], 1)
 
 
 @pytest.mark.parametrize(
@@ -376,8 +394,8 @@ async def test_a_late_result_is_used() -> None:
     provider = FakeProvider([ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)], stops=False)
     stage = GenerateStage(orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, fallback=CHAIN)
     done = await stage.run(FakeAttempt(SPENT, orders, is_spent=True))
-    assert [image.status for image in orders.images] == ["generated", "generated"]
-    assert done.writes == (CallEnded(1, 9, "succeeded"),)
+    assert sorted(write.index for write in done.writes if isinstance(write, ImageGenerated)) == [1, 2]
+    assert done.writes[-1] == CallEnded(1, 9, "succeeded")
     [request] = provider.requests
     assert request.resume == OPEN_CALL
 
@@ -426,3 +444,41 @@ async def test_an_ended_orders_task_is_given_up_even_if_its_id_was_noted() -> No
     with pytest.raises(OrderEndedError):
         await _stage(orders, provider).run(FakeAttempt(JOB, orders, lost_after=1, loss=OrderEndedError))
     assert [call.task_id for call in provider.cancelled] == ["t1"]
+
+
+@dataclass(slots=True)
+class StuckArtifacts(FakeArtifacts):
+    """A store in which one image's bytes get stuck until they are let go."""
+
+    stuck: bytes = b"2"
+    is_stuck: asyncio.Event = field(default_factory=asyncio.Event)
+    let_go: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def put(self, key: str, content: bytes, media_type: str) -> Artifact:
+        if content == self.stuck:
+            self.is_stuck.set()
+            await self.let_go.wait()
+        return await FakeArtifacts.put(self, key, content, media_type)
+
+
+async def test_an_image_does_not_wait_for_a_sibling_that_is_slow_to_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored is noted after a moment, though a sibling is not in and nothing more is to come."""
+    monkeypatch.setattr(arrivals, "_GATHER_S", 0.001)
+    orders, store = _orders(), StuckArtifacts()
+    provider = FakeProvider([ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
+    attempt = FakeAttempt(JOB, orders, on_checkpoint=lambda write: store.let_go.set())
+    done = await _stage(orders, provider, store).run(attempt)
+    assert [write.index for write in attempt.checkpoints if isinstance(write, ImageGenerated)] == [1]
+    assert [write.index for write in done.writes if isinstance(write, ImageGenerated)] == [2]
+
+
+async def test_an_attempt_that_is_cut_short_notes_what_is_stored() -> None:
+    """A daemon that stops while a sibling is being stored loses nothing that is in the store: it is paid for."""
+    orders, store = _orders(), StuckArtifacts()
+    provider = FakeProvider([ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)])
+    running = asyncio.create_task(_stage(orders, provider, store).run(FakeAttempt(JOB, orders)))
+    await store.is_stuck.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [image.status for image in orders.images] == ["generated", "pending"]

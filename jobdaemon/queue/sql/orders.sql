@@ -179,6 +179,11 @@ FROM jobdaemon.orders WHERE id = $1;
 SELECT index, prompt, status, provider, locator, locator_expires_at, object_key, call_id
 FROM jobdaemon.images WHERE order_id = $1 ORDER BY index;
 
+-- name: load_image
+-- One image of an order.
+SELECT index, prompt, status, provider, locator, locator_expires_at, object_key, call_id
+FROM jobdaemon.images WHERE order_id = $1 AND index = $2;
+
 -- name: open_call
 -- The newest call of this job that is not known to have ended.
 SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls
