@@ -148,33 +148,40 @@ DECLARE
     v_held jsonb := coalesce(p_held, '{}');
     -- who runs as many gets no more for now; nobody's work is never held back
     v_level integer := coalesce(p_share, 2147483647);
-    -- lifted work and the rest: where each stands, and where it ends
+    v_next_level integer;
+    -- lifted work and the rest: from where something is left, where each stands, and where it ends
+    v_first integer[] := ARRAY[1, p_lifted_count + 1];
     v_at integer[];
     v_end integer[] := ARRAY[p_lifted_count, v_count];
     v_place integer;
     v_edge integer;
+    v_running integer;
 BEGIN
     chosen := '{}';
     passed := p_passed;
     crossed := '{}';
     LOOP
-        v_at := ARRAY[1, p_lifted_count + 1];
+        v_at := v_first;
+        v_next_level := NULL;
         WHILE cardinality(chosen) < p_limit LOOP
             FOR v_part IN 1..2 LOOP
                 v_place := v_at[v_part];
-                WHILE v_place <= v_end[v_part] AND (v_is_taken[v_place]
-                    OR p_customers[v_place] <> '' AND coalesce((v_held ->> p_customers[v_place])::integer, 0) >= v_level)
-                LOOP
+                WHILE v_place <= v_end[v_part] LOOP
+                    v_running := CASE WHEN p_customers[v_place] = '' THEN -1
+                        ELSE coalesce((v_held ->> p_customers[v_place])::integer, 0) END;
+                    EXIT WHEN NOT v_is_taken[v_place] AND v_running < v_level;
                     v_edge := p_edges[v_place];
-                    IF v_edge > p_blocks THEN
-                        IF p_customers[v_place] <> '' AND (v_held ->> p_customers[v_place])::integer >= v_level THEN
-                            v_edge := 0;
+                    IF v_edge <> 0 AND (v_edge <= p_blocks OR v_running < v_level) THEN
+                        v_edge := CASE WHEN v_is_taken[v_place] THEN v_edge ELSE -v_edge END;
+                        IF v_edge <> ALL (crossed) THEN
+                            crossed := crossed || v_edge;
                         END IF;
-                    ELSIF NOT v_is_taken[v_place] THEN
-                        v_edge := -v_edge;
                     END IF;
-                    IF v_edge <> 0 AND v_edge <> ALL (crossed) THEN
-                        crossed := crossed || v_edge;
+                    IF v_is_taken[v_place] AND v_place = v_first[v_part] AND v_edge = 0 THEN
+                        v_first[v_part] := v_place + 1;
+                    END IF;
+                    IF NOT v_is_taken[v_place] OR v_edge <> 0 THEN
+                        v_next_level := least(v_next_level, v_running + 1);
                     END IF;
                     v_place := v_place + 1;
                 END LOOP;
@@ -200,12 +207,7 @@ BEGIN
         END LOOP;
         EXIT WHEN cardinality(chosen) >= p_limit OR NOT p_with_surplus OR cardinality(crossed) > 0;
         -- Nobody within the share waits: what is left goes round, to who runs least. Behind an edge there may be more of the same.
-        v_level := NULL;
-        FOR i IN 1..v_count LOOP
-            IF p_customers[i] <> '' AND (NOT v_is_taken[i] OR p_edges[i] <> 0) THEN
-                v_level := least(v_level, coalesce((v_held ->> p_customers[i])::integer, 0) + 1);
-            END IF;
-        END LOOP;
+        v_level := v_next_level;
         EXIT WHEN v_level IS NULL;
     END LOOP;
 END;
@@ -225,7 +227,7 @@ DECLARE
     v_with_surplus boolean := false;
     -- where to look, and how far at a time
     v_depth integer := least(p_limit, 2 + p_limit / 16);
-    v_window integer := 4 * p_limit + 32;
+    v_window integer := 2 * p_limit + 32;
     v_first_lane bigint := hashtext(p_queue.name COLLATE "C")::bigint * 64;
     v_lanes bigint[] := '{}';
     v_lane_depths integer[] := '{}';
@@ -264,7 +266,7 @@ BEGIN
                 UNION
                 SELECT coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '')
                 FROM procrastinate_jobs j WHERE j.id = ANY (v_dealt.chosen));
-            v_customer_depths := array_fill(least(p_limit, 2 * p_limit / greatest(cardinality(v_customers), 1) + 1),
+            v_customer_depths := array_fill(least(p_limit, 4 * p_limit / greatest(cardinality(v_customers), 1) + 1),
                 ARRAY[cardinality(v_customers)]);
             CONTINUE;
         END IF;
