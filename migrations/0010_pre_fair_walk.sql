@@ -2,7 +2,7 @@
 -- a hash of the customer: jobs_lane_idx in tune.sql), and from a lane to its customers (jobs_lane_customer_idx) only where somebody who
 -- has had his share fills it. The rules are those of jobdaemon/domain/picking.py, which tests hold equal to this.
 
-DROP FUNCTION shared_candidates(queues, integer, integer, boolean, boolean, bigint[]);
+-- shared_candidates of 0006 is used no more. It stays until a post migration: a claim under way while this is applied may call it.
 
 -- Whether no running job has this ready job's lock, nor a ready one that goes before it.
 CREATE FUNCTION is_first_of_lock(p_job procrastinate_jobs, p_except bigint[]) RETURNS boolean
@@ -22,14 +22,15 @@ $$;
 -- (p_window jobs of each part; source 1), lanes (as many of each part as their depth says; sources 2 and on) and customers (in the
 -- same way, numbered on from there; '' is nobody's work). p_held: how many jobs each customer runs; jobs of those who run more than
 -- p_most are left out. edges: 0, or the source that was cut off here, so that what lies behind this place is not certain.
-CREATE FUNCTION shared_candidates(
+CREATE FUNCTION gather_candidates(
     p_queue queues, p_has_lifted boolean, p_most integer, p_held jsonb, p_except bigint[],
     p_window integer, p_lanes bigint[], p_lane_depths integer[], p_customers text[], p_customer_depths integer[],
     OUT ids bigint[], OUT priorities integer[], OUT customers text[], OUT edges integer[], OUT lifted_count integer)
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
 -- Planned once per session, whatever the tables hold then: planning takes ten times as long as running, and every part of this is
 -- a walk along an index that is in the order wanted.
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off
+SET enable_incremental_sort = off SET jit = off
 AS $$
 #variable_conflict use_column
 BEGIN
@@ -42,7 +43,7 @@ BEGIN
         FROM part CROSS JOIN LATERAL (
             SELECT j.id, j.priority, CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END AS order_id,
                 coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') AS customer,
-                row_number() OVER () AS place
+                row_number() OVER (ORDER BY j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id) AS place
             FROM procrastinate_jobs j
             WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL
                 AND j.priority BETWEEN part.low AND part.high
@@ -54,7 +55,8 @@ BEGIN
         FROM unnest(p_lanes, p_lane_depths) WITH ORDINALITY AS wanted (lane, depth, place)
         CROSS JOIN part
         CROSS JOIN LATERAL (
-            SELECT j.id, j.priority, (j.args ->> 'order_id')::bigint, j.args ->> 'customer', row_number() OVER () AS place
+            SELECT j.id, j.priority, (j.args ->> 'order_id')::bigint, j.args ->> 'customer',
+                row_number() OVER (ORDER BY j.priority DESC, ((j.args ->> 'order_id')::bigint), j.id) AS place
             FROM procrastinate_jobs j
             WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL
                 AND j.task_name LIKE 'jobdaemon.%' AND (j.args ->> 'customer') COLLATE "C" <> ''
@@ -69,13 +71,19 @@ BEGIN
         CROSS JOIN part
         CROSS JOIN LATERAL (
             SELECT j.id, j.priority, CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END,
-                wanted.customer, row_number() OVER () AS place
+                wanted.customer,
+                row_number() OVER (
+                    ORDER BY (coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') COLLATE "C"),
+                        j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id) AS place
             FROM procrastinate_jobs j
             WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL
-                AND coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') COLLATE "C" = wanted.customer
+                -- Not =: then jobs_ready_idx would have the order wanted too, and may be thought as good.
+                AND coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') COLLATE "C"
+                    BETWEEN wanted.customer AND wanted.customer
                 AND j.priority BETWEEN part.low AND part.high
                 AND j.id <> ALL (p_except) AND (j.lock IS NULL OR is_first_of_lock(j, p_except))
-            ORDER BY j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id
+            ORDER BY (coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') COLLATE "C"),
+                j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id
             LIMIT wanted.depth) AS found
     ), kept AS (
         SELECT s.* FROM seen s WHERE s.edge <> 0 OR coalesce((p_held ->> s.customer)::integer, 0) <= p_most
@@ -94,7 +102,8 @@ $$;
 CREATE FUNCTION lane_customers(
     p_queue queues, p_most integer, p_has_lifted boolean, p_held jsonb, p_except bigint[], p_lanes bigint[]) RETURNS text[]
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off
+SET enable_incremental_sort = off SET jit = off
 AS $$
 BEGIN
     RETURN ARRAY(
@@ -218,7 +227,8 @@ CREATE FUNCTION choose_shared_jobs(
     p_queue queues, p_limit integer, p_has_lifted boolean, p_top integer, p_passed integer, p_except bigint[],
     OUT ids bigint[], OUT passed integer)
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off
+SET enable_incremental_sort = off SET jit = off
 AS $$
 DECLARE
     v_share integer := p_queue.fair_share;
@@ -250,7 +260,7 @@ BEGIN
     END IF;
     LOOP
         v_blocks := cardinality(v_lanes) + 1;
-        v_from := shared_candidates(p_queue, p_has_lifted, CASE WHEN v_with_surplus OR v_share IS NULL THEN 2147483647 ELSE v_share - 1 END,
+        v_from := gather_candidates(p_queue, p_has_lifted, CASE WHEN v_with_surplus OR v_share IS NULL THEN 2147483647 ELSE v_share - 1 END,
             v_held, p_except, v_window, v_lanes, v_lane_depths, v_customers, v_customer_depths);
         v_dealt := deal_slots(p_limit, v_share, p_top, p_passed, v_held, v_with_surplus, v_blocks, v_from.ids, v_from.priorities,
             v_from.customers, v_from.edges, v_from.lifted_count);
