@@ -4,24 +4,23 @@
 
 -- shared_candidates of 0006 is used no more. It stays until a post migration: a claim under way while this is applied may call it.
 
--- Whether no running job has this ready job's lock, nor a ready one that goes before it.
-CREATE FUNCTION is_first_of_lock(p_job procrastinate_jobs, p_except bigint[]) RETURNS boolean
+-- Whether no ready job of the queue with this lock goes before this one.
+CREATE FUNCTION is_first_of_lock(
+    p_queue text, p_lock text, p_priority integer, p_order_id bigint, p_id bigint, p_except bigint[]) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
 AS $$
-    SELECT NOT EXISTS (SELECT FROM procrastinate_jobs d WHERE d.lock = p_job.lock AND d.status = 'doing')
-        AND NOT EXISTS (SELECT FROM procrastinate_jobs j
-            WHERE j.lock = p_job.lock AND j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = p_job.queue_name
-                AND j.id <> ALL (p_except)
-                AND (-j.priority, coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END,
-                        9223372036854775807), j.id)
-                    < (-p_job.priority, coalesce(CASE WHEN p_job.task_name LIKE 'jobdaemon.%'
-                        THEN (p_job.args ->> 'order_id')::bigint END, 9223372036854775807), p_job.id));
+    SELECT NOT EXISTS (SELECT FROM procrastinate_jobs j
+        WHERE j.lock = p_lock AND j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = p_queue AND j.id <> ALL (p_except)
+            AND (-j.priority, coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END,
+                    9223372036854775807), j.id)
+                < (-p_priority, coalesce(p_order_id, 9223372036854775807), p_id));
 $$;
 
 -- Ready jobs of the queue to choose from, lifted ones first, each part in claim order. They come from sources: the head of the queue
 -- (p_window jobs of each part; source 1), lanes (as many of each part as their depth says; sources 2 and on) and customers (in the
 -- same way, numbered on from there; '' is nobody's work). p_held: how many jobs each customer runs; jobs of those who run more than
--- p_most are left out. edges: 0, or the source that was cut off here, so that what lies behind this place is not certain.
+-- p_most are left out. edges: 0, or the source that was cut off here, so that what lies behind this place is not certain. ids: NULL at
+-- an edge where the job itself has to wait for another one's lock.
 CREATE FUNCTION gather_candidates(
     p_queue queues, p_has_lifted boolean, p_most integer, p_held jsonb, p_except bigint[],
     p_window integer, p_lanes bigint[], p_lane_depths integer[], p_customers text[], p_customer_depths integer[],
@@ -41,13 +40,16 @@ BEGIN
     ), seen AS (
         SELECT CASE WHEN found.place = p_window THEN 1 ELSE 0 END AS edge, part.is_lifted, found.*
         FROM part CROSS JOIN LATERAL (
-            SELECT j.id, j.priority, CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END AS order_id,
+            SELECT j.id, j.lock, j.priority,
+                CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END AS order_id,
                 coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') AS customer,
-                row_number() OVER (ORDER BY j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id) AS place
+                row_number() OVER (ORDER BY j.priority DESC,
+                    (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id) AS place
             FROM procrastinate_jobs j
             WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL
                 AND j.priority BETWEEN part.low AND part.high
-                AND j.id <> ALL (p_except) AND (j.lock IS NULL OR is_first_of_lock(j, p_except))
+                AND j.id <> ALL (p_except)
+                AND (j.lock IS NULL OR NOT EXISTS (SELECT FROM procrastinate_jobs d WHERE d.lock = j.lock AND d.status = 'doing'))
             ORDER BY j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id
             LIMIT p_window) AS found
         UNION ALL
@@ -55,14 +57,15 @@ BEGIN
         FROM unnest(p_lanes, p_lane_depths) WITH ORDINALITY AS wanted (lane, depth, place)
         CROSS JOIN part
         CROSS JOIN LATERAL (
-            SELECT j.id, j.priority, (j.args ->> 'order_id')::bigint, j.args ->> 'customer',
+            SELECT j.id, j.lock, j.priority, (j.args ->> 'order_id')::bigint, j.args ->> 'customer',
                 row_number() OVER (ORDER BY j.priority DESC, ((j.args ->> 'order_id')::bigint), j.id) AS place
             FROM procrastinate_jobs j
             WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL
                 AND j.task_name LIKE 'jobdaemon.%' AND (j.args ->> 'customer') COLLATE "C" <> ''
                 AND (hashtext(j.queue_name COLLATE "C")::bigint * 64 + (hashtext((j.args ->> 'customer') COLLATE "C") & 63)) = wanted.lane
                 AND j.priority BETWEEN part.low AND part.high
-                AND j.id <> ALL (p_except) AND (j.lock IS NULL OR is_first_of_lock(j, p_except))
+                AND j.id <> ALL (p_except)
+                AND (j.lock IS NULL OR NOT EXISTS (SELECT FROM procrastinate_jobs d WHERE d.lock = j.lock AND d.status = 'doing'))
             ORDER BY j.priority DESC, ((j.args ->> 'order_id')::bigint), j.id
             LIMIT wanted.depth) AS found
         UNION ALL
@@ -70,24 +73,30 @@ BEGIN
         FROM unnest(p_customers, p_customer_depths) WITH ORDINALITY AS wanted (customer, depth, place)
         CROSS JOIN part
         CROSS JOIN LATERAL (
-            SELECT j.id, j.priority, CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END,
+            SELECT j.id, j.lock, j.priority, CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END,
                 wanted.customer,
                 row_number() OVER (
                     ORDER BY (coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') COLLATE "C"),
-                        j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id) AS place
+                        j.priority DESC,
+                        (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id) AS place
             FROM procrastinate_jobs j
             WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL
                 -- Not =: then jobs_ready_idx would have the order wanted too, and may be thought as good.
                 AND coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') COLLATE "C"
                     BETWEEN wanted.customer AND wanted.customer
                 AND j.priority BETWEEN part.low AND part.high
-                AND j.id <> ALL (p_except) AND (j.lock IS NULL OR is_first_of_lock(j, p_except))
+                AND j.id <> ALL (p_except)
+                AND (j.lock IS NULL OR NOT EXISTS (SELECT FROM procrastinate_jobs d WHERE d.lock = j.lock AND d.status = 'doing'))
             ORDER BY (coalesce(CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN j.args ->> 'customer' END, '') COLLATE "C"),
                 j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id
             LIMIT wanted.depth) AS found
+    ), judged AS (
+        SELECT s.*, s.lock IS NULL OR is_first_of_lock(p_queue.name, s.lock, s.priority, s.order_id, s.id, p_except) AS is_choice
+        FROM seen s WHERE s.edge <> 0 OR coalesce((p_held ->> s.customer)::integer, 0) <= p_most
     ), kept AS (
-        SELECT s.* FROM seen s WHERE s.edge <> 0 OR coalesce((p_held ->> s.customer)::integer, 0) <= p_most
-        ORDER BY s.is_lifted DESC, s.priority DESC, s.order_id, s.id
+        SELECT CASE WHEN d.is_choice THEN d.id END AS id, d.priority, d.customer, d.edge, d.is_lifted
+        FROM judged d WHERE d.is_choice OR d.edge <> 0
+        ORDER BY d.is_lifted DESC, d.priority DESC, d.order_id, d.id
     )
     SELECT coalesce(array_agg(k.id), '{}'), coalesce(array_agg(k.priority), '{}'), coalesce(array_agg(k.customer), '{}'),
         coalesce(array_agg(k.edge::integer), '{}'), count(*) FILTER (WHERE k.is_lifted)
@@ -96,9 +105,9 @@ BEGIN
 END;
 $$;
 
--- The customers of these lanes who have not had their share; where nothing is lifted no more than p_most of them, those whose first
--- job comes first: while fewer than p_most jobs have been chosen, one of these still has its first job, and that goes before all of
--- the others.
+-- The customers of these lanes who have not had their share. Where nothing is lifted or locked no more than p_most of them, those whose
+-- first job comes first: while fewer than p_most jobs have been chosen, one of these still has its first job, and that goes before all
+-- of the others'.
 CREATE FUNCTION lane_customers(
     p_queue queues, p_most integer, p_has_lifted boolean, p_held jsonb, p_except bigint[], p_lanes bigint[]) RETURNS text[]
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
@@ -112,39 +121,39 @@ BEGIN
             SELECT wanted.lane, first.*
             FROM unnest(p_lanes) AS wanted (lane)
             CROSS JOIN LATERAL (
-                SELECT (j.args ->> 'customer') COLLATE "C" AS customer, j.priority, (j.args ->> 'order_id')::bigint AS order_id, j.id
+                SELECT (j.args ->> 'customer') COLLATE "C" AS customer, j.lock, j.priority,
+                    (j.args ->> 'order_id')::bigint AS order_id, j.id
                 FROM procrastinate_jobs j
                 WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL
                     AND j.task_name LIKE 'jobdaemon.%' AND (j.args ->> 'customer') COLLATE "C" <> ''
                     AND (hashtext(j.queue_name COLLATE "C")::bigint * 64 + (hashtext((j.args ->> 'customer') COLLATE "C") & 63)) = wanted.lane
-                    AND j.id <> ALL (p_except) AND (j.lock IS NULL OR is_first_of_lock(j, p_except))
                 ORDER BY ((j.args ->> 'customer') COLLATE "C"), j.priority DESC, ((j.args ->> 'order_id')::bigint), j.id
                 LIMIT 1) AS first
             UNION ALL
             SELECT k.lane, next.*
             FROM known k
             CROSS JOIN LATERAL (
-                SELECT (j.args ->> 'customer') COLLATE "C", j.priority, (j.args ->> 'order_id')::bigint, j.id
+                SELECT (j.args ->> 'customer') COLLATE "C", j.lock, j.priority, (j.args ->> 'order_id')::bigint, j.id
                 FROM procrastinate_jobs j
                 WHERE j.queue_name = p_queue.name AND j.status = 'todo' AND j.scheduled_at IS NULL
                     AND j.task_name LIKE 'jobdaemon.%' AND (j.args ->> 'customer') COLLATE "C" <> ''
                     AND (hashtext(j.queue_name COLLATE "C")::bigint * 64 + (hashtext((j.args ->> 'customer') COLLATE "C") & 63)) = k.lane
                     AND (j.args ->> 'customer') COLLATE "C" > k.customer
-                    AND j.id <> ALL (p_except) AND (j.lock IS NULL OR is_first_of_lock(j, p_except))
                 ORDER BY ((j.args ->> 'customer') COLLATE "C"), j.priority DESC, ((j.args ->> 'order_id')::bigint), j.id
                 LIMIT 1) AS next
         )
         SELECT k.customer FROM known k
         WHERE coalesce((p_held ->> k.customer)::integer, 0) < p_queue.fair_share
         ORDER BY k.priority DESC, k.order_id, k.id
-        LIMIT CASE WHEN p_has_lifted THEN NULL ELSE p_most END);
+        LIMIT CASE WHEN NOT p_has_lifted AND cardinality(p_except) = 0 AND NOT EXISTS (SELECT FROM known l WHERE l.lock IS NOT NULL)
+            THEN p_most END);
 END;
 $$;
 
 -- Deals up to p_limit slots to candidates in turn: those below the share first; then, p_with_surplus, round and round to who runs
 -- least. Lifted work goes first, but after p_passed starts of work of priority p_top or more only when that makes three.
--- crossed: the sources whose edge was passed, so that this may be wrong; minus the source where the job at the edge was above the
--- share. Sources above p_blocks are customers: passing their edge is harmless where the customer could not have had more.
+-- crossed: the sources whose edge was passed, so that this may be wrong; minus the source, unless it is a customer, where the job at
+-- the edge was not taken. Sources above p_blocks are customers: passing their edge is harmless where they could not have had more.
 CREATE FUNCTION deal_slots(
     p_limit integer, p_share integer, p_top integer, p_passed integer, p_held jsonb, p_with_surplus boolean, p_blocks integer,
     p_ids bigint[], p_priorities integer[], p_customers text[], p_edges integer[], p_lifted_count integer,
@@ -157,7 +166,10 @@ DECLARE
     v_held jsonb := coalesce(p_held, '{}');
     -- who runs as many gets no more for now; nobody's work is never held back
     v_level integer := coalesce(p_share, 2147483647);
+    -- who of those with more waiting runs least, and who they are when it is only one
     v_next_level integer;
+    v_left text;
+    v_is_left_alone boolean;
     -- lifted work and the rest: from where something is left, where each stands, and where it ends
     v_first integer[] := ARRAY[1, p_lifted_count + 1];
     v_at integer[];
@@ -172,16 +184,17 @@ BEGIN
     LOOP
         v_at := v_first;
         v_next_level := NULL;
+        v_is_left_alone := true;
         WHILE cardinality(chosen) < p_limit LOOP
             FOR v_part IN 1..2 LOOP
                 v_place := v_at[v_part];
                 WHILE v_place <= v_end[v_part] LOOP
                     v_running := CASE WHEN p_customers[v_place] = '' THEN -1
                         ELSE coalesce((v_held ->> p_customers[v_place])::integer, 0) END;
-                    EXIT WHEN NOT v_is_taken[v_place] AND v_running < v_level;
+                    EXIT WHEN NOT v_is_taken[v_place] AND v_running < v_level AND p_ids[v_place] IS NOT NULL;
                     v_edge := p_edges[v_place];
                     IF v_edge <> 0 AND (v_edge <= p_blocks OR v_running < v_level) THEN
-                        v_edge := CASE WHEN v_is_taken[v_place] THEN v_edge ELSE -v_edge END;
+                        v_edge := CASE WHEN v_is_taken[v_place] OR v_edge > p_blocks THEN v_edge ELSE -v_edge END;
                         IF v_edge <> ALL (crossed) THEN
                             crossed := crossed || v_edge;
                         END IF;
@@ -190,6 +203,8 @@ BEGIN
                         v_first[v_part] := v_place + 1;
                     END IF;
                     IF NOT v_is_taken[v_place] OR v_edge <> 0 THEN
+                        v_is_left_alone := v_is_left_alone AND (v_next_level IS NULL OR v_left = p_customers[v_place]);
+                        v_left := p_customers[v_place];
                         v_next_level := least(v_next_level, v_running + 1);
                     END IF;
                     v_place := v_place + 1;
@@ -216,8 +231,8 @@ BEGIN
         END LOOP;
         EXIT WHEN cardinality(chosen) >= p_limit OR NOT p_with_surplus OR cardinality(crossed) > 0;
         -- Nobody within the share waits: what is left goes round, to who runs least. Behind an edge there may be more of the same.
-        v_level := v_next_level;
-        EXIT WHEN v_level IS NULL;
+        EXIT WHEN v_next_level IS NULL;
+        v_level := CASE WHEN v_is_left_alone THEN 2147483647 ELSE v_next_level END;
     END LOOP;
 END;
 $$;
@@ -282,7 +297,9 @@ BEGIN
         END IF;
         v_split := '{}';
         FOREACH v_edge IN ARRAY v_dealt.crossed LOOP
-            IF abs(v_edge) = 1 THEN
+            IF v_share IS NULL THEN
+                v_window := 8 * v_window;
+            ELSIF abs(v_edge) = 1 THEN
                 -- Who fills the head fills its lane too.
                 v_split := ARRAY(SELECT DISTINCT v_first_lane + (hashtext(c.customer COLLATE "C") & 63)
                     FROM unnest(v_from.customers, v_from.edges) AS c (customer, edge)
@@ -316,21 +333,32 @@ BEGIN
 END;
 $$;
 
--- Chooses, locks and returns up to p_limit ready jobs of a queue that has a fair share or lifted work waiting; see
+-- The highest priority that a plan has: lifted work shares with work of at least this.
+CREATE FUNCTION top_priority(queue text) RETURNS integer
+LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
+AS $$
+    SELECT max(p.priority) FROM plans p WHERE queue IS NOT NULL;
+$$;
+
+-- Its successor is called in the same way.
+-- squawk-ignore ban-drop-function
+DROP FUNCTION pick_shared_jobs(queues, integer, boolean);
+-- Chooses, locks and returns up to p_limit ready jobs of a queue that has a fair share or lifted work waiting, none of p_except; see
 -- jobdaemon/domain/picking.py for the rules. Called under the queue's lock when it has a fair share.
-CREATE OR REPLACE FUNCTION pick_shared_jobs(p_queue queues, p_limit integer, p_has_lifted boolean) RETURNS bigint[]
+CREATE FUNCTION pick_shared_jobs(p_queue queues, p_limit integer, p_has_lifted boolean, p_except bigint[] DEFAULT '{}')
+RETURNS bigint[]
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 AS $$
 DECLARE
     -- lifted work waits for this plan's work, three times out of four
     v_top integer;
     v_before integer := 0;
-    v_except bigint[] := '{}';
+    v_except bigint[] := p_except;
     v_chosen record;
     v_locked bigint[];
 BEGIN
     IF p_has_lifted THEN
-        v_top := (SELECT max(p.priority) FROM plans p);
+        v_top := top_priority(p_queue.name);
         -- Who holds the row decides; the others wait and see what it left.
         INSERT INTO lifted_turns (queue) SELECT p_queue.name
             WHERE NOT EXISTS (SELECT FROM lifted_turns t WHERE t.queue = p_queue.name) ON CONFLICT DO NOTHING;
