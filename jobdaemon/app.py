@@ -327,7 +327,7 @@ def photo_links(settings: Settings, choice: PhotoLink, services: GuardedClient, 
     from jobdaemon.storage.r2 import R2Store
 
     assert isinstance(artifacts, R2Store)
-    return StoreLinks(artifacts.signed_url)
+    return StoreLinks(artifacts.signed_url, artifacts.put)
 
 
 @dataclass(frozen=True, slots=True)

@@ -341,9 +341,12 @@ class Stage(Protocol):
 class PhotoLinks(Protocol):
     """Makes a beautified photo available to a provider that fetches it."""
 
-    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> str:
+    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]], *, is_kept: bool = True) -> str:
         """
         An https URL that anybody can fetch for at least an hour, or a ``data:`` URL with the photo in it.
+
+        Args:
+            is_kept: whether the photo lies in the artifact store under its key; a copy made for a provider may not yet.
 
         Raises:
             StoreUnavailableError, ProviderUnavailableError, RateLimitedError: Retryable.

@@ -44,23 +44,44 @@ _QUOTED_CHARACTERS = 200
 class InlineLinks:
     """The photo itself as a ``data:`` URL."""
 
-    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> str:
+    async def link(
+        self,
+        photo: Artifact,
+        load_photo: Callable[[], Awaitable[bytes]],
+        *,
+        is_kept: bool = True,  # noqa: ARG002 - it is sent anyway
+    ) -> str:
         content = await load_photo()
         encoded = await asyncio.to_thread(base64.b64encode, content)
         return f"data:{photo.media_type};base64,{encoded.decode()}"
 
 
 class StoreLinks:
-    """A link into the artifact store that is signed for some hours."""
+    """A link into the artifact store that is signed for some hours; a photo that is not there is put there first, once."""
 
-    def __init__(self, presign: Callable[[str, timedelta], Awaitable[str]]) -> None:
+    def __init__(
+        self, presign: Callable[[str, timedelta], Awaitable[str]], put: Callable[[str, bytes, str], Awaitable[Artifact]]
+    ) -> None:
         """
         Args:
             presign: makes a URL that anybody can get a key with, for so long.
+            put: stores bytes of a media type under a key; the same bytes again are a success.
         """
         self._presign = presign
+        self._put = put
+        self._kept: OrderedDict[str, None] = OrderedDict()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> str:  # noqa: ARG002 - it lies there
+    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]], *, is_kept: bool = True) -> str:
+        if not is_kept:
+            lock = self._locks.setdefault(photo.key, asyncio.Lock())
+            async with lock:
+                if photo.key not in self._kept:
+                    await self._put(photo.key, await load_photo(), photo.media_type)
+                self._kept[photo.key] = None
+                self._kept.move_to_end(photo.key)
+                while len(self._kept) > _REMEMBERED:
+                    self._kept.popitem(last=False)
         return await self._presign(photo.key, LINK_LIFETIME)
 
 
@@ -88,7 +109,13 @@ class SuperbedLinks:
         #: One lock per photo for as long as somebody wants it: a failed upload is tried again by the next in line.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> str:
+    async def link(
+        self,
+        photo: Artifact,
+        load_photo: Callable[[], Awaitable[bytes]],
+        *,
+        is_kept: bool = True,  # noqa: ARG002 - nobody can fetch from where it is kept
+    ) -> str:
         lock = self._locks.setdefault(photo.sha256, asyncio.Lock())
         async with lock:
             if photo.sha256 not in self._links:
@@ -177,6 +204,6 @@ class _OneAtATime:
         self._links = links
         self._turn = asyncio.Lock()
 
-    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> str:
+    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]], *, is_kept: bool = True) -> str:
         async with self._turn:
-            return await self._links.link(photo, load_photo)
+            return await self._links.link(photo, load_photo, is_kept=is_kept)

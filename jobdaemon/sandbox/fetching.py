@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import ipaddress
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
+from PIL import Image
 
 _TIMEOUT_S = 5.0
 _BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
@@ -66,3 +68,19 @@ def _picture(content: bytes) -> bytes:
 def is_picture(content: bytes) -> bool:
     """Whether it begins like a JPEG or a PNG."""
     return content.startswith(_BEGINNINGS)
+
+
+def picture_size(content: bytes) -> tuple[int, int]:
+    """
+    Width and height, by the header.
+
+    Raises:
+        UnfetchableError: no picture, or one of more pixels than anybody opens.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UnfetchableError("no picture") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UnfetchableError("too many pixels") from error

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobdaemon.sandbox.fetching import UnfetchableError, fetched, is_near, is_picture
+from jobdaemon.sandbox.fetching import UnfetchableError, fetched, is_near, is_picture, picture_size
 
 _MAX_PROMPT_CHARACTERS = 800
 _MAX_PHOTO_BYTES = 15 * 1024 * 1024
+#: Of a photo: most pixels of a side, and most of the longer one over the shorter.
+_MAX_PHOTO_SIDE, _MAX_PHOTO_RATIO = 4096, 3
 #: Photos and images of one call together.
 _MAX_PICTURES = 15
 #: A prompt that asks for several images says so in words; "a set of 3 images".
@@ -111,7 +113,7 @@ async def _photos(body: Mapping[str, Any], rules: _Rules) -> int:
             raise WishError("image_urls is invalid")
         if is_near(link):
             try:
-                await fetched(link, max_bytes=_MAX_PHOTO_BYTES)
+                _judge_photo(await fetched(link, max_bytes=_MAX_PHOTO_BYTES))
             except UnfetchableError as error:
                 raise WishError(f"image download failed ({error})") from error
     for text in inline:
@@ -121,7 +123,19 @@ async def _photos(body: Mapping[str, Any], rules: _Rules) -> int:
             content = b""
         if not is_picture(content) or len(content) > _MAX_PHOTO_BYTES:
             raise WishError("binary_data_base64 holds no image")
+        try:
+            _judge_photo(content)
+        except UnfetchableError as error:
+            raise WishError(f"image decode failed ({error})") from error
     return len(links) + len(inline)
+
+
+def _judge_photo(content: bytes) -> None:
+    width, height = picture_size(content)
+    if max(width, height) > _MAX_PHOTO_SIDE:
+        raise WishError(f"input image must be up to {_MAX_PHOTO_SIDE}x{_MAX_PHOTO_SIDE}")
+    if max(width, height) > _MAX_PHOTO_RATIO * min(width, height):
+        raise WishError("the ratio of the input image is invalid")
 
 
 def _judge_size(body: Mapping[str, Any], rules: _Rules) -> None:

@@ -152,7 +152,8 @@ def indexes(request: GenerateRequest) -> list[int]:
 
 def _photo() -> bytes:
     out = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").save(out, "PNG")
+    # No smaller than the pickiest model takes.
+    Image.linear_gradient("L").convert("RGB").resize((384, 384)).save(out, "PNG")
     return out.getvalue()
 
 

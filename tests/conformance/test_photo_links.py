@@ -85,7 +85,7 @@ async def test_a_store_link_can_be_fetched_without_a_key(s3_url: str) -> None:
     """A signed link gives the photo to anybody for at least an hour, without the photo being loaded here."""
     store = R2Store(s3_url, "photos", "key", "topsecret", prefix="team/a")
     await store.put(photo().key, PNG, "image/png")
-    link = await StoreLinks(store.signed_url).link(photo(), unloadable)
+    link = await StoreLinks(store.signed_url, store.put).link(photo(), unloadable)
     await store.close()
     assert f"/photos/team/a/{photo().key}?" in link
     assert "X-Amz-Expires=7200" in link

@@ -348,15 +348,6 @@ def test_several_keys_are_pairs(tmp_path: Path, client: GuardedClient) -> None:
         opened(("a", "AKa:SKa=="))
 
 
-async def test_a_photo_that_is_too_heavy_costs_nothing(make: Make, sandbox: Sandbox) -> None:
-    """More than the service takes is a clear no before anything is uploaded."""
-    request = wanted(make())
-    seen = await outcome(make(), replace(request, photo=replace(request.photo, size_bytes=16 * 1024 * 1024)))
-    assert isinstance(seen.error, ProviderRefusedError)
-    assert "15 MB" in str(seen.error)
-    assert sandbox.report()["apis"] == {}
-
-
 async def test_several_images_a_call(make: Make, sandbox: Sandbox) -> None:
     """A model that may make several gets calls until all are there: as many a call as the prompt brings, the last alone."""
     provider = make(images_per_call=5)

@@ -34,6 +34,7 @@ from jobdaemon.ports import (
 )
 from jobdaemon.providers.jimeng.answers import NAME, TaskEnd, Told, end_in, told_in
 from jobdaemon.providers.jimeng.signature import KeyPair, canonical_query, signed_headers
+from jobdaemon.providers.photo_fit import FittedLinks, PhotoBounds, PhotoFitter
 from jobdaemon.providers.wire import Kind, error_of, polled
 from jobdaemon.settings_generate import JimengSettings
 
@@ -43,8 +44,8 @@ _VERSIONS = {_SUBMIT: "2022-08-31", _RESULT: "2022-08-31", _CANCEL: "2024-06-06"
 #: Of one request; a photo may travel in it.
 _CALL_TIMEOUT = timedelta(seconds=60)
 _MAX_FRAME_BYTES = 1024 * 1024
-#: What a photo may weigh. [D]
-_MAX_PHOTO_BYTES = 15 * 1024 * 1024
+#: What a photo may be: 15 MB, which may be counted in thousands; 4096 x 4096; from 1:3 to 3:1. [D] for 4.0
+PHOTO_BOUNDS = PhotoBounds(max_bytes=15_000_000, longest_side=4096, max_ratio=3.0, media_types=("image/jpeg", "image/png"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class JimengProvider:
         self._settings = settings
         self._keys = dict(keys)
         self._client = client
-        self._links = links
+        self._links = FittedLinks(links, PhotoFitter(NAME, PHOTO_BOUNDS))
         self._max_image_bytes = max_image_bytes
         self._clock = clock
         base = urlsplit(settings.base_url)
@@ -177,8 +178,6 @@ class JimengProvider:
         """The fields that give the photo."""
         if not self._model.takes_photo:
             return {}
-        if request.photo.size_bytes > _MAX_PHOTO_BYTES:
-            raise ProviderRefusedError(f"{self.name} takes photos of up to 15 MB; this one has {request.photo.size_bytes} bytes")
         link = await self._links.link(request.photo, request.load_photo)
         if link.startswith("data:"):
             return {"binary_data_base64": [link.partition(",")[2]]}
