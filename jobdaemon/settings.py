@@ -35,7 +35,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.redact import MASK, mask_url
-from jobdaemon.settings_generate import GenerateSettings, ProviderKeySettings, SuperbedSettings, provider_contradictions
+from jobdaemon.settings_generate import (
+    CacheSettings,
+    GenerateSettings,
+    ProviderKeySettings,
+    SuperbedSettings,
+    provider_contradictions,
+)
 from jobdaemon.settings_sources import (
     Path_,
     Problem,
@@ -441,6 +447,7 @@ class Settings(Section):
     orders: OrdersSettings = OrdersSettings()
     beautify: BeautifySettings = BeautifySettings()
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
+    cache: CacheSettings = CacheSettings()
     superbed: SuperbedSettings = SuperbedSettings()
     photos: PhotosSettings = PhotosSettings()
     store: StoreSettings
@@ -568,6 +575,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
     yield from provider_contradictions(settings.generate, settings.superbed, orders.provider, settings.store.kind)
     if orders.provider not in PROVIDERS:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
+    yield from _cache_contradictions(settings)
     if settings.beautify.backend not in BACKENDS:
         yield Problem("beautify.backend", f"there is no backend {settings.beautify.backend!r}; there is {', '.join(BACKENDS)}")
     for name, plan in settings.plans.items():
@@ -578,6 +586,14 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(f"orders.prompts.{name}", f"holds {len(prompts)} prompts, more than plans.{name}.images allows")
         if any(not prompt.strip() or len(prompt.encode(errors="replace")) > MAX_PROMPT_BYTES for prompt in prompts):
             yield Problem(f"orders.prompts.{name}", f"has a prompt that is empty or longer than {MAX_PROMPT_BYTES} bytes")
+
+
+def _cache_contradictions(settings: Settings) -> Iterator[Problem]:
+    for name in settings.cache.providers:
+        if name == "local":
+            yield Problem("cache.providers", "names local, which makes its images on this machine: there is nothing to save")
+        elif name not in PROVIDERS:
+            yield Problem("cache.providers", f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
 
 
 def _queue_contradictions(settings: Settings) -> Iterator[Problem]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from jobdaemon.errors import DatabaseUnavailableError
 from jobdaemon.events import (
@@ -88,9 +89,11 @@ class Supervisor:
         ensure_rows: Callable[[], Awaitable[None]],
         discard: Callable[[tuple[str, ...]], Awaitable[None]],
         images_per_call: Callable[[str], int] = lambda provider: 1,  # noqa: ARG005 - a provider's name
+        companions: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
         """
         Args:
+            companions: what else goes on while this daemon claims; each may end by itself, and raises nothing.
             images_per_call: how many images one call of a provider makes, for jobs that have to be made again.
             require_schema: raises SchemaVersionError when these applied migrations do not fit this program.
             ensure_rows: inserts the plans and queues of the settings that are missing.
@@ -100,6 +103,7 @@ class Supervisor:
         self._events = events
         self._engine = engine
         self._version = version
+        self._companions = companions
         self._require_schema = require_schema
         self._ensure_rows = ensure_rows
         self._stopping = asyncio.Event()
@@ -213,6 +217,7 @@ class Supervisor:
         services = [asyncio.ensure_future(self._committer.run()), asyncio.ensure_future(self._heartbeat.run())]
         claiming = [asyncio.ensure_future(team.run()) for team in self._teams.values()]
         upkeep = asyncio.ensure_future(self._upkeep.run())
+        companions = [asyncio.ensure_future(run()) for run in self._companions]
         stop = asyncio.ensure_future(self._stopping.wait())
         try:
             done, _ = await asyncio.wait({*services, *claiming, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -220,6 +225,7 @@ class Supervisor:
                 service.result()  # none ends by itself: show why this one did
         finally:
             stop.cancel()
+            await _cancel(companions)
             await self._stop_in_order(claiming, upkeep, services)
 
     async def _reach_database(self, wait: bool) -> bool:

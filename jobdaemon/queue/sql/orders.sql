@@ -86,8 +86,12 @@ UPDATE jobdaemon.orders o SET error = f.error FROM failed f WHERE o.id = f.order
 RETURNING o.id AS order_id;
 
 -- name: images_removed
--- {order_id}: all stored images of an ended order are gone; nothing else counts them again.
-WITH removed AS (
+-- {order_id}: all stored images of an ended order are gone; nothing else counts them again. What the cache has of them goes too.
+WITH uncached AS (
+    UPDATE jobdaemon.cache c SET dropped_at = now()
+    FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
+    WHERE c.order_id = w.order_id AND c.dropped_at IS NULL
+), removed AS (
     UPDATE jobdaemon.images i SET status = 'cancelled', object_key = NULL, url = NULL
     FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
     WHERE i.order_id = w.order_id AND i.status = 'stored'
