@@ -33,7 +33,8 @@ COMMENT ON TABLE cache IS 'Images that may be given again, and those that are be
 CREATE UNIQUE INDEX cache_key_idx ON cache (key) WHERE dropped_at IS NULL;
 CREATE INDEX cache_order_idx ON cache (order_id) WHERE dropped_at IS NULL;
 CREATE INDEX cache_made_idx ON cache (made_at) WHERE dropped_at IS NULL;
-CREATE INDEX cache_claimed_idx ON cache (claimed_until) WHERE copied_at IS NULL AND dropped_at IS NULL;
+-- what is claimed or stored and waits for its copy: few
+CREATE INDEX cache_uncopied_idx ON cache (id) WHERE copied_at IS NULL AND dropped_at IS NULL;
 CREATE INDEX cache_dropped_idx ON cache (dropped_at) WHERE dropped_at IS NOT NULL;
 
 -- Images that the cache gave, and images that it did not have, by provider and hour.
@@ -239,11 +240,13 @@ BEGIN
         SELECT sum(c.bytes) - p_max_bytes INTO v_excess FROM cache c WHERE c.dropped_at IS NULL;
         IF v_excess > 0 THEN
             UPDATE cache SET dropped_at = clock_timestamp() WHERE id IN (
-                SELECT s.id FROM (
-                    SELECT c.id, sum(c.bytes) OVER (ORDER BY c.last_hit_at, c.id) - c.bytes AS before
-                    FROM cache c WHERE c.dropped_at IS NULL AND c.bytes IS NOT NULL
-                    ORDER BY c.last_hit_at, c.id LIMIT p_limit
-                ) AS s WHERE s.before < v_excess) AND dropped_at IS NULL;
+                SELECT e.id FROM cache e WHERE e.dropped_at IS NULL AND e.id IN (
+                    SELECT s.id FROM (
+                        SELECT c.id, sum(c.bytes) OVER (ORDER BY c.last_hit_at, c.id) - c.bytes AS before
+                        FROM cache c WHERE c.dropped_at IS NULL AND c.bytes IS NOT NULL
+                        ORDER BY c.last_hit_at, c.id LIMIT p_limit
+                    ) AS s WHERE s.before < v_excess)
+                FOR UPDATE SKIP LOCKED);
             GET DIAGNOSTICS v_surplus = ROW_COUNT;
         END IF;
     END IF;
@@ -281,7 +284,7 @@ $$;
 -- Images that are kept now, and what was asked for in the last 24 hours.
 CREATE VIEW cache_stats AS
 SELECT provider, coalesce(k.entries, 0) AS entries, coalesce(k.bytes, 0) AS bytes, coalesce(n.hits, 0) AS hits,
-    coalesce(n.misses, 0) AS misses, (n.hits::double precision / nullif(n.hits + n.misses, 0)) AS hit_rate
+    coalesce(n.misses, 0) AS misses, round(n.hits::numeric / nullif(n.hits + n.misses, 0), 4)::double precision AS hit_rate
 FROM (SELECT c.provider, count(*) AS entries, sum(c.bytes)::bigint AS bytes
     FROM cache c WHERE c.copied_at IS NOT NULL AND c.dropped_at IS NULL GROUP BY c.provider) AS k
 FULL JOIN (SELECT c.provider, sum(c.hits)::bigint AS hits, sum(c.misses)::bigint AS misses

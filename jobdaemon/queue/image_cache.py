@@ -167,7 +167,7 @@ class CacheKeeper:
                 if not self._is_on and await self._rows.is_empty():
                     return
                 if self._is_on:
-                    await self._copy()
+                    await self.copy()
                 if loop.time() >= next_trim:
                     next_trim = loop.time() + _TRIM_S
                     await self.trim()
@@ -177,7 +177,8 @@ class CacheKeeper:
                 self._events.emit(UpkeepFailed(error=f"{type(error).__name__}: {error}", chore="cache"))
             await asyncio.sleep(self._poll_s * (1 - _JITTER * random.random()))
 
-    async def _copy(self) -> None:
+    async def copy(self) -> None:
+        """Copy what was stored since the last look."""
         copies = await self._rows.begin_copies(_COPY_LIMIT, _COPY_S)
         while copies:
             for copy in copies:
