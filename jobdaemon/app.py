@@ -7,6 +7,7 @@ Heavy libraries are imported where they are chosen, so that a command that only 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -26,10 +27,11 @@ from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsE
 from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
+from jobdaemon.queue.image_cache import CacheKeeper
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
-from jobdaemon.settings_generate import PhotoLink
+from jobdaemon.settings_generate import PhotoLink, what_shapes_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -381,6 +383,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
         providers = open_providers(settings, services, artifacts)
         for provider in providers.values():
             stack.push_async_callback(provider.close)
+        providers = _with_cache(settings, store, artifacts, providers)
         engine = settings.engine
         supervisor = Supervisor(
             store=store,
@@ -394,8 +397,45 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             discard=lambda keys: _discard(artifacts, keys, events),
             images_per_call=_images_per_call(settings, providers),
             fallback=_fallback_rules(settings, providers),
+            companions=(_cache_keeper(settings, store, artifacts, events).run,),
         )
         yield Daemon(supervisor, store, artifacts)
+
+
+def _with_cache(
+    settings: Settings, store: PostgresJobStore, artifacts: ArtifactStore, providers: Mapping[str, Provider]
+) -> dict[str, Provider]:
+    """*providers*, those that the settings name with the cache before them."""
+    wrapped = dict(providers)
+    for name in providers.keys() & set(settings.cache.providers):
+        from jobdaemon.stages.cached import CachingProvider
+
+        shaping = what_shapes_images(getattr(settings.generate, name))
+        if name == "comfyui" and settings.generate.comfyui.workflow is not None:
+            shaping["workflow"] = hashlib.sha256(settings.generate.comfyui.workflow.read_bytes()).hexdigest()
+        wrapped[name] = CachingProvider(
+            providers[name],
+            store.cache,
+            artifacts,
+            settings=shaping,
+            hold=settings.queue(generate_queue(name)).run_timeout,
+            ttl=settings.cache.ttl,
+            max_image_bytes=settings.photos.result_max_bytes,
+        )
+    return wrapped
+
+
+def _cache_keeper(settings: Settings, store: PostgresJobStore, artifacts: ArtifactStore, events: Events) -> CacheKeeper:
+    return CacheKeeper(
+        store.cache,
+        artifacts,
+        events,
+        is_on=bool(settings.cache.providers),
+        ttl=settings.cache.ttl,
+        max_bytes=settings.cache.max_bytes,
+        max_image_bytes=settings.photos.result_max_bytes,
+        poll=settings.engine.poll,
+    )
 
 
 def _images_per_call(settings: Settings, providers: Mapping[str, Provider]) -> Callable[[str], int]:

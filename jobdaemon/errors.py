@@ -12,6 +12,7 @@ Every error this package raises on purpose.
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
           AnswerLostError         it may have done what was asked: nobody knows
+        PutOffError               not now, and nobody's fault: costs no attempt
         RateLimitedError          a capacity signal: costs no attempt
         KeyRefusedError           the key rests and the job goes on with another: costs no attempt
         DeviceMemoryError
@@ -94,6 +95,10 @@ class ProviderUnavailableError(RetryableError):
 
 class AnswerLostError(ProviderUnavailableError):
     """A request was sent and no whole answer came: the provider may have done, and charged for, what was asked."""
+
+
+class PutOffError(RetryableError):
+    """Somebody else is at it, or something has to be done first. Put off without spending an attempt, and no sign of trouble."""
 
 
 class RateLimitedError(RetryableError):

@@ -6,9 +6,9 @@ Each port has one conformance suite under ``tests/conformance`` that every imple
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol
 
 from jobdaemon.domain.artifact import Artifact
@@ -400,4 +400,59 @@ class ArtifactStore(Protocol):
 
     async def close(self) -> None:
         """Free connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    """An image that was made before; the store has it under *artifact*, if what is there has the digest *sha256*."""
+
+    entry_id: int
+    artifact: str
+    sha256: str
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """
+    What a cache has for some images of an order.
+
+    Attributes:
+        hits: images that were made before, by index.
+        claimed: indexes that are this order's to have made, and nobody else's for now.
+        ask_again_in: when another order is having one of the rest made; then nothing is claimed.
+    """
+
+    hits: Mapping[int, CachedImage]
+    claimed: frozenset[int]
+    ask_again_in: timedelta | None
+
+
+class ImageCache(Protocol):
+    """
+    Knows what was made before and what is being made, over all daemons. Every method raises DatabaseUnavailableError.
+
+    What is claimed and then stored gets into the cache by itself.
+    """
+
+    async def take(
+        self, provider: str, key: str | None, order_id: int, images: Mapping[int, str], *, hold: timedelta, ttl: timedelta
+    ) -> Taken:
+        """
+        Look for *images* (index -> cache key), and claim what is not there.
+
+        Args:
+            key: alias of the provider key the job runs under; where nothing is bought its budget gets the images back.
+            hold: others wait for so long for what is claimed here, at most.
+            ttl: nothing older counts.
+        """
+        ...
+
+    async def release(self, order_id: int, images: Iterable[int]) -> None:
+        """The order does not have these images made after all."""
+        ...
+
+    async def forget(self, entry_id: int) -> None:
+        """A hit that was none: its artifact is missing or damaged."""
         ...

@@ -35,7 +35,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.redact import MASK, mask_url
-from jobdaemon.settings_generate import GenerateSettings, ProviderKeySettings, SuperbedSettings, provider_contradictions
+from jobdaemon.settings_generate import (
+    CacheSettings,
+    GenerateSettings,
+    ProviderKeySettings,
+    SuperbedSettings,
+    provider_contradictions,
+)
 from jobdaemon.settings_sources import (
     Path_,
     Problem,
@@ -450,6 +456,7 @@ class Settings(Section):
     orders: OrdersSettings = OrdersSettings()
     beautify: BeautifySettings = BeautifySettings()
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
+    cache: CacheSettings = CacheSettings()
     superbed: SuperbedSettings = SuperbedSettings()
     photos: PhotosSettings = PhotosSettings()
     store: StoreSettings
@@ -580,6 +587,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
     if orders.provider not in PROVIDERS:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
     yield from _fallback_contradictions(settings)
+    yield from _cache_contradictions(settings)
     if settings.beautify.backend not in BACKENDS:
         yield Problem("beautify.backend", f"there is no backend {settings.beautify.backend!r}; there is {', '.join(BACKENDS)}")
     for name, plan in settings.plans.items():
@@ -608,6 +616,14 @@ def _fallback_contradictions(settings: Settings) -> Iterator[Problem]:
                 yield Problem(key, f"names {name}, but generate.{name} lacks what it takes to call it")
             if chain.count(name) > 1:
                 yield Problem(key, f"names {name} more than once")
+
+
+def _cache_contradictions(settings: Settings) -> Iterator[Problem]:
+    for name in settings.cache.providers:
+        if name == "local":
+            yield Problem("cache.providers", "names local, which makes its images on this machine: there is nothing to save")
+        elif name not in PROVIDERS:
+            yield Problem("cache.providers", f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
 
 
 def _queue_contradictions(settings: Settings) -> Iterator[Problem]:

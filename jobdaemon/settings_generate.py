@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from jobdaemon.settings_sources import Problem, array_of_tables
+from jobdaemon.settings_sources import Problem, array_of_tables, array_of_text
 from jobdaemon.settings_values import (
     Cores,
     LongerThanZero,
+    Name,
     OptionalPath,
     OptionalSecret,
     OptionalText,
@@ -19,6 +20,7 @@ from jobdaemon.settings_values import (
     Section,
     ServiceUrl,
     Share,
+    Size,
     WebUrls,
     Whole,
     cores,
@@ -236,6 +238,35 @@ class SuperbedSettings(Section):
     token_file: OptionalPath = None
     album: OptionalText = None
     timeout: LongerThanZero = timedelta(seconds=60)
+
+
+class CacheSettings(Section):
+    """
+    Images that are bought once.
+
+    Attributes:
+        providers: whose images are kept and given again; none: nothing is.
+        ttl: how long an image is kept.
+        max_bytes: of all that is kept; what was not asked for the longest goes first.
+    """
+
+    providers: Annotated[tuple[Name, ...], BeforeValidator(array_of_text)] = ()
+    ttl: LongerThanZero = timedelta(days=7)
+    max_bytes: Size = 10_000_000_000
+
+
+#: Settings of providers that say how images are asked for, and nothing of how they look. What is not here counts: a new setting
+#: costs a few hits until it is listed, and never gives a wrong image.
+_ONLY_HOW = {
+    *("api_key", "api_key_file", "keys", "access_key_id", "access_key_id_file", "secret_access_key", "secret_access_key_file"),
+    *("workspace", "images_per_call", "response_format", "photo", "servers", "threads"),
+    *("timeout", "poll", "task_timeout", "on_unknown_submit"),
+}
+
+
+def what_shapes_images(section: Section) -> dict[str, Any]:
+    """The settings of one provider that may make a difference to its images, as JSON has them; no secret."""
+    return section.model_dump(mode="json", exclude=_ONLY_HOW)
 
 
 def provider_contradictions(generate: GenerateSettings, superbed: SuperbedSettings, chosen: str, store: str) -> Iterator[Problem]:

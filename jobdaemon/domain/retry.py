@@ -16,6 +16,7 @@ from jobdaemon.errors import (
     KeyRefusedError,
     PermanentError,
     ProviderUnavailableError,
+    PutOffError,
     RateLimitedError,
     RetryableError,
     StoreUnavailableError,
@@ -99,6 +100,9 @@ def after_error(
         return Transition(
             job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=signal, retry_after=error.retry_after
         )
+    if isinstance(error, PutOffError):
+        delay = (error.retry_after or _DEFAULT_SNOOZE) * (1 + policy.jitter * jitter)
+        return Transition(job, End.SNOOZE, delay=delay, error_kind=kind, error=reason)
     if isinstance(error, DatabaseUnavailableError):
         # No fault of the job, and an outage may outlast all its attempts.
         return Transition(job, End.SNOOZE, delay=_DEFAULT_SNOOZE, error_kind=kind, error=reason)

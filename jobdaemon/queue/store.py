@@ -31,6 +31,7 @@ from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLocke
 from jobdaemon.events import Event
 from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, moving, sql, writes
+from jobdaemon.queue.image_cache import CacheRows
 from jobdaemon.queue.key_rests import rest_keys
 from jobdaemon.queue.steering import Steering
 
@@ -142,6 +143,8 @@ class PostgresJobStore:
         self._upkeep = db.Session(address, name="upkeep")
         self._reads = db.Session(address, name="read")
         self._pulse = db.Session(address, name="pulse", on_connect=self._listen)
+        #: The rows of the cache, over the connections of the stages and of upkeep.
+        self.cache = CacheRows(self._reads, self._upkeep)
         self._steering = Steering()
         self._on_notify: Callable[[str, str], None] | None = None
         self._on_silence: Callable[[], None] | None = None

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.errors import DatabaseUnavailableError
@@ -90,9 +91,11 @@ class Supervisor:
         discard: Callable[[tuple[str, ...]], Awaitable[None]],
         images_per_call: Callable[[str], int] = lambda provider: 1,  # noqa: ARG005 - a provider's name
         fallback: FallbackRules | None = None,
+        companions: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
         """
         Args:
+            companions: what else goes on while this daemon claims; each may end by itself, and raises nothing.
             images_per_call: how many images one call of a provider makes, for jobs that have to be made again.
             fallback: who takes over what waits for a provider in trouble; nobody when None.
             require_schema: raises SchemaVersionError when these applied migrations do not fit this program.
@@ -103,6 +106,7 @@ class Supervisor:
         self._events = events
         self._engine = engine
         self._version = version
+        self._companions = companions
         self._require_schema = require_schema
         self._ensure_rows = ensure_rows
         self._stopping = asyncio.Event()
@@ -216,6 +220,7 @@ class Supervisor:
         services = [asyncio.ensure_future(self._committer.run()), asyncio.ensure_future(self._heartbeat.run())]
         claiming = [asyncio.ensure_future(team.run()) for team in self._teams.values()]
         upkeep = asyncio.ensure_future(self._upkeep.run())
+        companions = [asyncio.ensure_future(run()) for run in self._companions]
         stop = asyncio.ensure_future(self._stopping.wait())
         try:
             done, _ = await asyncio.wait({*services, *claiming, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -223,6 +228,7 @@ class Supervisor:
                 service.result()  # none ends by itself: show why this one did
         finally:
             stop.cancel()
+            await _cancel(companions)
             await self._stop_in_order(claiming, upkeep, services)
 
     async def _reach_database(self, wait: bool) -> bool:

@@ -456,6 +456,8 @@ class TestTree:
             ("[plans.Pro]\nexpires_after = '30 min'", "plans.Pro.lift_after: must be shorter than plans.Pro.expires_after"),
             ("[plans.Start]\nimages = 5", "orders.prompts.Start: holds 6 prompts, more than plans.Start.images allows"),
             ("[orders.prompts]\nFree = [' ']", "orders.prompts.Free: has a prompt that is empty"),
+            ("[cache]\nproviders = ['local']", "cache.providers: names local, which makes its images on this machine"),
+            ("[cache]\nproviders = ['nobody']", "cache.providers: there is no provider 'nobody'; there is"),
             ("[database]\nurl = 'mysql://u:secret@h/d'", "database.url: must start with postgresql://"),
         ],
     )

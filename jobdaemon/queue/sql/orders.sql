@@ -87,8 +87,13 @@ UPDATE jobdaemon.orders o SET error = f.error FROM failed f WHERE o.id = f.order
 RETURNING o.id AS order_id;
 
 -- name: images_removed
--- {order_id}: all stored images of an ended order are gone; nothing else counts them again.
-WITH removed AS (
+-- {order_id}: all stored images of an ended order are gone; nothing else counts them again. What the cache has of them goes too.
+WITH uncached AS (
+    UPDATE jobdaemon.cache SET dropped_at = now() WHERE id IN (
+        SELECT c.id FROM jobdaemon.cache c
+        WHERE c.order_id IN (SELECT w.order_id FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)) AND c.dropped_at IS NULL
+        ORDER BY c.key FOR UPDATE)
+), removed AS (
     UPDATE jobdaemon.images i SET status = 'cancelled', object_key = NULL, url = NULL
     FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
     WHERE i.order_id = w.order_id AND i.status = 'stored'
