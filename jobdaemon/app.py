@@ -7,6 +7,7 @@ Heavy libraries are imported where they are chosen, so that a command that only 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -17,17 +18,20 @@ from urllib.parse import urlsplit
 
 from jobdaemon import schema_version
 from jobdaemon.db import DatabaseAddress
+from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
 from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
-from jobdaemon.ports import ArtifactStore, BeautifyBackend, Provider, Stage
+from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
+from jobdaemon.queue.image_cache import CacheKeeper
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
+from jobdaemon.settings_generate import PhotoLink, what_shapes_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,7 +216,7 @@ def open_backend(settings: Settings) -> BeautifyBackend:
     return OpenCVBackend(threads=settings.beautify.threads, limits=limits)
 
 
-def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:  # noqa: ARG001
+def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:
     """
     The providers this daemon can call, by name: those whose section has what it takes.
 
@@ -230,7 +234,9 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
     if "comfyui" in usable:
         providers["comfyui"] = _comfyui_provider(settings, services)
     if "dashscope" in usable:
-        providers["dashscope"] = _dashscope_provider(settings, services)
+        providers["dashscope"] = _dashscope_provider(settings, services, artifacts)
+    if "jimeng" in usable:
+        providers["jimeng"] = _jimeng_provider(settings, services, artifacts)
     return providers
 
 
@@ -274,14 +280,56 @@ def _openai_images_provider(settings: Settings, services: GuardedClient) -> Prov
     )
 
 
-def _dashscope_provider(settings: Settings, services: GuardedClient) -> Provider:
+def _dashscope_provider(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> Provider:
     from jobdaemon.providers.dashscope import DashScopeProvider
-    from jobdaemon.providers.photo_links import InlineLinks
 
     section = settings.generate.dashscope
-    if section.photo != "inline":
-        raise SettingsError(f'generate.dashscope.photo: there is no {section.photo!r}; there is "inline"')
-    return DashScopeProvider(section, keys=_secrets(section.api_key, section.keys), client=services, links=InlineLinks())
+    return DashScopeProvider(
+        section,
+        keys=_secrets(section.api_key, section.keys),
+        client=services,
+        links=photo_links(settings, section.photo, services, artifacts),
+    )
+
+
+def _jimeng_provider(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> Provider:
+    from jobdaemon.providers.jimeng import JimengProvider, KeyPair
+    from jobdaemon.providers.photo_links import one_at_a_time
+
+    section = settings.generate.jimeng
+    if section.access_key_id is not None and section.secret_access_key is not None:
+        pair = KeyPair(section.access_key_id.get_secret_value(), section.secret_access_key.get_secret_value())
+        keys = {"default": pair}
+    else:
+        keys = {alias: KeyPair.parsed(text) for alias, text in _secrets(None, section.keys).items()}
+    return JimengProvider(
+        section,
+        keys=keys,
+        client=services,
+        links=one_at_a_time(photo_links(settings, section.photo, services, artifacts)),
+        max_image_bytes=settings.photos.result_max_bytes,
+    )
+
+
+def photo_links(settings: Settings, choice: PhotoLink, services: GuardedClient, artifacts: ArtifactStore) -> PhotoLinks:
+    """
+    How a provider gets the photo, *choice* being what its section says.
+
+    Raises:
+        SettingsError: what the choice needs is not set.
+    """
+    from jobdaemon.providers.photo_links import InlineLinks, StoreLinks, SuperbedLinks
+
+    if choice == "inline":
+        return InlineLinks()
+    if choice == "superbed":
+        return SuperbedLinks(settings.superbed, services)
+    if settings.store.kind != "r2":
+        raise SettingsError('photo is "store", but providers can fetch nothing from a folder: set store.kind to "r2"')
+    from jobdaemon.storage.r2 import R2Store
+
+    assert isinstance(artifacts, R2Store)
+    return StoreLinks(artifacts.signed_url, artifacts.put)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +383,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
         providers = open_providers(settings, services, artifacts)
         for provider in providers.values():
             stack.push_async_callback(provider.close)
+        providers = _with_cache(settings, store, artifacts, providers)
         engine = settings.engine
         supervisor = Supervisor(
             store=store,
@@ -347,12 +396,63 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             ensure_rows=lambda: ensure_rows(store, settings),
             discard=lambda keys: _discard(artifacts, keys, events),
             images_per_call=_images_per_call(settings, providers),
+            fallback=_fallback_rules(settings, providers),
+            companions=(_cache_keeper(settings, store, artifacts, events).run,),
         )
         yield Daemon(supervisor, store, artifacts)
 
 
+def _with_cache(
+    settings: Settings, store: PostgresJobStore, artifacts: ArtifactStore, providers: Mapping[str, Provider]
+) -> dict[str, Provider]:
+    """*providers*, those that the settings name with the cache before them."""
+    wrapped = dict(providers)
+    for name in providers.keys() & set(settings.cache.providers):
+        from jobdaemon.stages.cached import CachingProvider
+
+        shaping = what_shapes_images(getattr(settings.generate, name))
+        if name == "comfyui" and settings.generate.comfyui.workflow is not None:
+            shaping["workflow"] = hashlib.sha256(settings.generate.comfyui.workflow.read_bytes()).hexdigest()
+        wrapped[name] = CachingProvider(
+            providers[name],
+            store.cache,
+            artifacts,
+            settings=shaping,
+            hold=settings.queue(generate_queue(name)).run_timeout,
+            ttl=settings.cache.ttl,
+            max_image_bytes=settings.photos.result_max_bytes,
+        )
+    return wrapped
+
+
+def _cache_keeper(settings: Settings, store: PostgresJobStore, artifacts: ArtifactStore, events: Events) -> CacheKeeper:
+    return CacheKeeper(
+        store.cache,
+        artifacts,
+        events,
+        is_on=bool(settings.cache.providers),
+        ttl=settings.cache.ttl,
+        max_bytes=settings.cache.max_bytes,
+        max_image_bytes=settings.photos.result_max_bytes,
+        poll=settings.engine.poll,
+    )
+
+
 def _images_per_call(settings: Settings, providers: Mapping[str, Provider]) -> Callable[[str], int]:
     return lambda name: min(settings.orders.images_per_call, providers[name].max_images_per_call if name in providers else 1)
+
+
+def _fallback_rules(settings: Settings, providers: Mapping[str, Provider]) -> FallbackRules:
+    plans: dict[str, tuple[str, ...]] = {
+        name: plan.fallback for name, plan in settings.plans.items() if plan.fallback is not None
+    }
+    return FallbackRules(
+        chains=settings.orders.fallback,
+        plans=plans,
+        after=settings.orders.fallback_after,
+        unpaid={name for name, provider in providers.items() if not provider.is_paid},
+        images_per_call=_images_per_call(settings, providers),
+    )
 
 
 def open_http_client(settings: Settings) -> GuardedClient:
@@ -385,6 +485,7 @@ def build_stages(
 ) -> dict[str, Stage]:
     """Task name -> stage."""
     from jobdaemon.photo import PhotoLimits, inspect_image
+    from jobdaemon.stages.abandon import AbandonStage
     from jobdaemon.stages.beautify import BeautifyStage
     from jobdaemon.stages.generate import GenerateStage
     from jobdaemon.stages.upload import RemoveStage, UploadStage
@@ -406,7 +507,11 @@ def build_stages(
             images_per_call=_images_per_call(settings, providers),
         ),
         Task.GENERATE: GenerateStage(
-            orders=orders, store=artifacts, providers=providers, max_photo_bytes=photos.result_max_bytes
+            orders=orders,
+            store=artifacts,
+            providers=providers,
+            max_photo_bytes=photos.result_max_bytes,
+            fallback=_fallback_rules(settings, providers),
         ),
         Task.UPLOAD: UploadStage(
             orders=orders,
@@ -416,6 +521,7 @@ def build_stages(
             max_image_bytes=photos.result_max_bytes,
         ),
         Task.REMOVE: RemoveStage(orders=orders, store=artifacts),
+        Task.ABANDON: AbandonStage(orders=orders, providers=providers),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import asyncpg
 
-from jobdaemon.errors import DatabaseUnavailableError
+from jobdaemon.errors import DatabaseUnavailableError, RowsLockedError
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -29,10 +29,9 @@ _LOST: tuple[type[BaseException], ...] = (
     asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.exceptions.OperatorInterventionError,
-    # too many connections, disk full, out of memory, deadlock, lock not available, I/O error: none is the statement's own fault
+    # too many connections, disk full, out of memory, deadlock, I/O error: none is the statement's own fault
     asyncpg.exceptions.InsufficientResourcesError,
     asyncpg.exceptions.TransactionRollbackError,
-    asyncpg.exceptions.LockNotAvailableError,
     asyncpg.exceptions.PostgresSystemError,
     asyncpg.exceptions.InvalidAuthorizationSpecificationError,
     asyncpg.exceptions.InvalidCatalogNameError,
@@ -148,11 +147,14 @@ class Session:
         Raises:
             DatabaseUnavailableError: it could not be made, or was lost meanwhile; whether the last statement took effect
                 is unknown.
+            RowsLockedError: somebody held what the last statement needs; it had no effect.
         """
         async with self._busy:
             connection = await self._connected()
             try:
                 yield connection
+            except asyncpg.exceptions.LockNotAvailableError as error:
+                raise RowsLockedError("somebody holds what has to be written") from error
             except _LOST as error:
                 self._drop()
                 raise DatabaseUnavailableError(unavailable(error)) from error

@@ -4,12 +4,15 @@ Every error this package raises on purpose.
     JobdaemonError
       SettingsError               wrong or contradictory settings; exit code 2, never a retry
       DatabaseUnavailableError    Postgres cannot be reached or refuses the login; exit code 3
+        RowsLockedError           somebody holds what a statement needs; the connection is as good as before
       SchemaVersionError          the schema is too old or too new for this program; exit code 3
       LeaseLostError              another worker owns the job; drop the result
+        OrderEndedError           nobody works on its order any more
       RefusedError                the door said no: full, unknown plan, bad source; exit code 4
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
           AnswerLostError         it may have done what was asked: nobody knows
+        PutOffError               not now, and nobody's fault: costs no attempt
         RateLimitedError          a capacity signal: costs no attempt
         KeyRefusedError           the key rests and the job goes on with another: costs no attempt
         DeviceMemoryError
@@ -44,12 +47,20 @@ class DatabaseUnavailableError(JobdaemonError):
     """Postgres cannot be reached, or refuses the login."""
 
 
+class RowsLockedError(DatabaseUnavailableError):
+    """Somebody has held what a statement needs for longer than it waits."""
+
+
 class SchemaVersionError(JobdaemonError):
     """The database's schema does not fit this program; the message says what to run."""
 
 
 class LeaseLostError(JobdaemonError):
     """The attempt's token no longer holds: its result must be dropped."""
+
+
+class OrderEndedError(LeaseLostError):
+    """The order was cancelled, expired or ended: nobody goes on with what the attempt has bought."""
 
 
 class RefusedError(JobdaemonError):
@@ -84,6 +95,10 @@ class ProviderUnavailableError(RetryableError):
 
 class AnswerLostError(ProviderUnavailableError):
     """A request was sent and no whole answer came: the provider may have done, and charged for, what was asked."""
+
+
+class PutOffError(RetryableError):
+    """Somebody else is at it, or something has to be done first. Put off without spending an attempt, and no sign of trouble."""
 
 
 class RateLimitedError(RetryableError):

@@ -15,7 +15,7 @@ from typing import Generic, Literal, TypeVar
 
 _log = logging.getLogger(__name__)
 
-Outcome = Literal["succeeded", "retry", "snooze", "handed_back", "failed", "cancelled"]
+Outcome = Literal["succeeded", "retry", "snooze", "handed_back", "moved", "failed", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +157,17 @@ class QueueRests(Event):
     queue: str
     seconds: float
     in_a_row: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderChanged(Event):
+    """A batch that *was* one provider's goes on with *provider*, the next in the chain, for *reason*."""
+
+    order_id: int
+    job_id: int
+    was: str
+    provider: str
     reason: str | None = None
 
 

@@ -131,11 +131,9 @@ def read_photo(content: bytes, *, limits: PhotoLimits, longest_side: int | None 
             scale = longest_side / max(image.size)
             image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         image.load()
-        pixels = _upright_srgb(image)
+        pixels = _upright_srgb(image, longest_side)
     if longest_side is not None and max(pixels.shape[:2]) > longest_side:
-        scale = longest_side / max(pixels.shape[:2])
-        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-        pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
+        pixels = np.array(_scaled(Image.fromarray(pixels), longest_side))
     return Photo(pixels)
 
 
@@ -159,6 +157,23 @@ def inspect_image(content: bytes, *, limits: PhotoLimits) -> ImageInfo:
         if _orientation(image) >= 5:
             width, height = height, width
     return ImageInfo(media_type, width, height)
+
+
+def read_header(content: bytes, *, limits: PhotoLimits) -> ImageInfo:
+    """
+    What the header of a picture says; whether the rest can be decoded is not looked at.
+
+    Args:
+        content: an encoded picture, as hostile as the internet.
+
+    Raises:
+        UnsupportedImageError: not a picture we accept, too small or too large. Permanent.
+    """
+    with _opened(content, limits) as (image, media_type):
+        width, height = image.size
+        if _orientation(image) >= 5:
+            width, height = height, width
+        return ImageInfo(media_type, width, height)
 
 
 def encode_jpeg(pixels: NDArray[np.uint8], *, quality: int = 92, description: str | None = None) -> bytes:
@@ -262,11 +277,18 @@ def _heic_opener() -> Callable[[io.BytesIO], ImageFile.ImageFile]:
 # -- pixels -----------------------------------------------------------------------------------------------------------------
 
 
-def _upright_srgb(image: Image.Image) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 sRGB of a loaded picture; each strip of it is turned and laid where it belongs."""
+def _upright_srgb(image: Image.Image, longest_side: int | None = None) -> NDArray[np.uint8]:
+    """
+    (H, W, 3) uint8 sRGB of a loaded picture; each strip of it is turned and laid where it belongs.
+
+    Args:
+        longest_side: scaled down to it first where that can be done before anything else, which saves the copy in full size.
+    """
     orientation = _orientation(image)
     turn = _TURNS.get(orientation)
     to_srgb = _srgb_transform(image)
+    if longest_side is not None and image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
+        image = _scaled(image, longest_side)
     width, height = image.size
     pixels = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
     for top in range(0, height, _STRIP_ROWS):
@@ -278,6 +300,15 @@ def _upright_srgb(image: Image.Image) -> NDArray[np.uint8]:
         at = slice(height - bottom, height - top) if orientation in _FROM_THE_END else slice(top, bottom)
         pixels[(slice(None), at) if orientation >= 5 else at] = np.asarray(strip)
     return pixels
+
+
+def _scaled(image: Image.Image, longest_side: int) -> Image.Image:
+    """*image*, or a smaller one; every pixel of it counts, so nothing fine turns into patterns."""
+    if max(image.size) <= longest_side:
+        return image
+    scale = longest_side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _orientation(image: Image.Image) -> int:

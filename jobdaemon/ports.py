@@ -6,12 +6,13 @@ Each port has one conformance suite under ``tests/conformance`` that every imple
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol
 
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import Write
@@ -286,6 +287,10 @@ class OrderReader(Protocol):
         """A call that ended well, whose results may be fetched once more; None once the provider has forgotten it."""
         ...
 
+    async def unfinished_call(self, call_id: int) -> ProviderCall | None:
+        """This call, if its end is unknown."""
+        ...
+
 
 class Attempt(Protocol):
     """One run of a job, as its stage sees it."""
@@ -295,12 +300,27 @@ class Attempt(Protocol):
         """The claimed job."""
         ...
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether all attempts of the job are spent: this one only settles what they left behind."""
+        ...
+
+    def if_given_up(self, instead: Callable[[], Move | Settle | None]) -> None:
+        """
+        What to do with the job rather than give it up, should this attempt fail and be the last.
+
+        Args:
+            instead: asked once the attempt has failed.
+        """
+        ...
+
     async def checkpoint(self, *writes: Write) -> None:
         """
         Commit *writes* now, in the middle of the attempt, if the attempt still holds its job.
 
         Raises:
-            LeaseLostError: somebody else has the job now, or its order has ended: stop working on it.
+            LeaseLostError: somebody else has the job now: stop working on it.
+            OrderEndedError: its order has ended. What *writes* say of provider calls is kept all the same.
         """
         ...
 
@@ -321,9 +341,12 @@ class Stage(Protocol):
 class PhotoLinks(Protocol):
     """Makes a beautified photo available to a provider that fetches it."""
 
-    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> str:
+    async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]], *, is_kept: bool = True) -> str:
         """
         An https URL that anybody can fetch for at least an hour, or a ``data:`` URL with the photo in it.
+
+        Args:
+            is_kept: whether the photo lies in the artifact store under its key; a copy made for a provider may not yet.
 
         Raises:
             StoreUnavailableError, ProviderUnavailableError, RateLimitedError: Retryable.
@@ -377,4 +400,59 @@ class ArtifactStore(Protocol):
 
     async def close(self) -> None:
         """Free connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    """An image that was made before; the store has it under *artifact*, if what is there has the digest *sha256*."""
+
+    entry_id: int
+    artifact: str
+    sha256: str
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """
+    What a cache has for some images of an order.
+
+    Attributes:
+        hits: images that were made before, by index.
+        claimed: indexes that are this order's to have made, and nobody else's for now.
+        ask_again_in: when another order is having one of the rest made; then nothing is claimed.
+    """
+
+    hits: Mapping[int, CachedImage]
+    claimed: frozenset[int]
+    ask_again_in: timedelta | None
+
+
+class ImageCache(Protocol):
+    """
+    Knows what was made before and what is being made, over all daemons. Every method raises DatabaseUnavailableError.
+
+    What is claimed and then stored gets into the cache by itself.
+    """
+
+    async def take(
+        self, provider: str, key: str | None, order_id: int, images: Mapping[int, str], *, hold: timedelta, ttl: timedelta
+    ) -> Taken:
+        """
+        Look for *images* (index -> cache key), and claim what is not there.
+
+        Args:
+            key: alias of the provider key the job runs under; where nothing is bought its budget gets the images back.
+            hold: others wait for so long for what is claimed here, at most.
+            ttl: nothing older counts.
+        """
+        ...
+
+    async def release(self, order_id: int, images: Iterable[int]) -> None:
+        """The order does not have these images made after all."""
+        ...
+
+    async def forget(self, entry_id: int) -> None:
+        """A hit that was none: its artifact is missing or damaged."""
         ...

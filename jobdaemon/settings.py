@@ -35,7 +35,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.redact import MASK, mask_url
-from jobdaemon.settings_generate import GenerateSettings, ProviderKeySettings, SuperbedSettings, provider_contradictions
+from jobdaemon.settings_generate import (
+    CacheSettings,
+    GenerateSettings,
+    ProviderKeySettings,
+    SuperbedSettings,
+    provider_contradictions,
+)
 from jobdaemon.settings_sources import (
     Path_,
     Problem,
@@ -60,6 +66,8 @@ from jobdaemon.settings_values import (
     Hosts,
     LongerThanZero,
     Name,
+    NamesByName,
+    OptionalNames,
     OptionalPath,
     OptionalPriority,
     OptionalSecret,
@@ -85,6 +93,7 @@ PROVIDERS = (
     "openai_images",
     "comfyui",
     "dashscope",
+    "jimeng",
 )
 BACKENDS = ("opencv",)
 #: The door's own bound: enqueue_order refuses longer prompts.
@@ -191,6 +200,7 @@ class PlanSettings(Section):
         expires_after: an order still open then ends as failed, with a reason.
         max_open_orders: of this plan; more are refused as "queue full". 0 means no limit.
         max_open_orders_per_customer: of this plan, for one customer. 0 means no limit.
+        fallback: providers that take over when the order's own fails, in this order; None means as ``orders.fallback`` says.
     """
 
     images: Annotated[Whole, Field(ge=1, le=1_000)]
@@ -200,6 +210,7 @@ class PlanSettings(Section):
     expires_after: LongerThanZero = timedelta(hours=24)
     max_open_orders: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 100
     max_open_orders_per_customer: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 0
+    fallback: OptionalNames = None
 
 
 class FreePlan(PlanSettings):
@@ -283,11 +294,15 @@ class OrdersSettings(Section):
     Attributes:
         provider: of an order that names none.
         images_per_call: most images of one provider call; a provider's own limit may be lower.
+        fallback: provider of an order -> providers that take over when it fails, in this order.
+        fallback_after: a provider has failed of which nothing can start for longer, by its circuit or its keys.
         prompts: of an order that brings none.
     """
 
     provider: Name = "local"
     images_per_call: Annotated[Whole, Field(ge=1, le=100)] = 5
+    fallback: NamesByName = Field(default_factory=dict)
+    fallback_after: LongerThanZero = timedelta(minutes=2)
     prompts: PlanPrompts = PlanPrompts()
 
 
@@ -441,6 +456,7 @@ class Settings(Section):
     orders: OrdersSettings = OrdersSettings()
     beautify: BeautifySettings = BeautifySettings()
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
+    cache: CacheSettings = CacheSettings()
     superbed: SuperbedSettings = SuperbedSettings()
     photos: PhotosSettings = PhotosSettings()
     store: StoreSettings
@@ -545,6 +561,8 @@ def _shown(value: object, key: str) -> Any:
             return str(value)
         case tuple():
             return [_shown(item, f"{key}.{number}") for number, item in enumerate(value)]
+        case dict():
+            return {name: _shown(item, f"{key}.{name}") for name, item in value.items()}
         case int() if key.endswith("_bytes"):
             return format_size(value)
     return value
@@ -568,6 +586,8 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
     yield from provider_contradictions(settings.generate, settings.superbed, orders.provider, settings.store.kind)
     if orders.provider not in PROVIDERS:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
+    yield from _fallback_contradictions(settings)
+    yield from _cache_contradictions(settings)
     if settings.beautify.backend not in BACKENDS:
         yield Problem("beautify.backend", f"there is no backend {settings.beautify.backend!r}; there is {', '.join(BACKENDS)}")
     for name, plan in settings.plans.items():
@@ -578,6 +598,32 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(f"orders.prompts.{name}", f"holds {len(prompts)} prompts, more than plans.{name}.images allows")
         if any(not prompt.strip() or len(prompt.encode(errors="replace")) > MAX_PROMPT_BYTES for prompt in prompts):
             yield Problem(f"orders.prompts.{name}", f"has a prompt that is empty or longer than {MAX_PROMPT_BYTES} bytes")
+
+
+def _fallback_contradictions(settings: Settings) -> Iterator[Problem]:
+    chains = {f"orders.fallback.{name}": chain for name, chain in settings.orders.fallback.items()}
+    chains |= {f"plans.{name}.fallback": plan.fallback or () for name, plan in settings.plans.items()}
+    for name in settings.orders.fallback:
+        if name not in PROVIDERS:
+            yield Problem(f"orders.fallback.{name}", f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
+        elif name in settings.orders.fallback[name]:
+            yield Problem(f"orders.fallback.{name}", f"names {name} as its own fallback")
+    for key, chain in chains.items():
+        for name in dict.fromkeys(chain):
+            if name not in PROVIDERS:
+                yield Problem(key, f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
+            elif name not in settings.generate.usable():
+                yield Problem(key, f"names {name}, but generate.{name} lacks what it takes to call it")
+            if chain.count(name) > 1:
+                yield Problem(key, f"names {name} more than once")
+
+
+def _cache_contradictions(settings: Settings) -> Iterator[Problem]:
+    for name in settings.cache.providers:
+        if name == "local":
+            yield Problem("cache.providers", "names local, which makes its images on this machine: there is nothing to save")
+        elif name not in PROVIDERS:
+            yield Problem("cache.providers", f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
 
 
 def _queue_contradictions(settings: Settings) -> Iterator[Problem]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from jobdaemon.settings_sources import Problem, array_of_tables
+from jobdaemon.settings_sources import Problem, array_of_tables, array_of_text
 from jobdaemon.settings_values import (
     Cores,
     LongerThanZero,
+    Name,
     OptionalPath,
     OptionalSecret,
     OptionalText,
@@ -19,6 +20,7 @@ from jobdaemon.settings_values import (
     Section,
     ServiceUrl,
     Share,
+    Size,
     WebUrls,
     Whole,
     cores,
@@ -145,6 +147,7 @@ class JimengSettings(Section):
         access_key_id_file: a file that holds it.
         secret_access_key: contents of *secret_access_key_file*, when given.
         secret_access_key_file: a file that holds it.
+        keys: several keys with limits of their own instead, each ``<access key id>:<secret access key>``.
         req_key: the model.
         images_per_call: most images of one call; more than one lets the prompt decide how many come, each of them paid for.
         width: pixels.
@@ -161,6 +164,7 @@ class JimengSettings(Section):
     access_key_id_file: OptionalPath = None
     secret_access_key: OptionalSecret = None
     secret_access_key_file: OptionalPath = None
+    keys: ProviderKeys = ()
     req_key: Annotated[str, Field(min_length=1, max_length=200)] = "jimeng_t2i_v40"
     images_per_call: ImagesPerCall = 1
     width: Pixels = 1104
@@ -210,7 +214,8 @@ class GenerateSettings(Section):
             "local": True,
             "openai_images": self.openai_images.api_key is not None or bool(self.openai_images.keys),
             "dashscope": self.dashscope.api_key is not None or bool(self.dashscope.keys),
-            "jimeng": self.jimeng.access_key_id is not None and self.jimeng.secret_access_key is not None,
+            "jimeng": (self.jimeng.access_key_id is not None and self.jimeng.secret_access_key is not None)
+            or bool(self.jimeng.keys),
             "comfyui": bool(self.comfyui.servers) and self.comfyui.workflow is not None,
         }
         return tuple(name for name, is_usable in has_what_it_takes.items() if is_usable)
@@ -235,6 +240,35 @@ class SuperbedSettings(Section):
     timeout: LongerThanZero = timedelta(seconds=60)
 
 
+class CacheSettings(Section):
+    """
+    Images that are bought once.
+
+    Attributes:
+        providers: whose images are kept and given again; none: nothing is.
+        ttl: how long an image is kept.
+        max_bytes: of all that is kept; what was not asked for the longest goes first.
+    """
+
+    providers: Annotated[tuple[Name, ...], BeforeValidator(array_of_text)] = ()
+    ttl: LongerThanZero = timedelta(days=7)
+    max_bytes: Size = 10_000_000_000
+
+
+#: Settings of providers that say how images are asked for, and nothing of how they look. What is not here counts: a new setting
+#: costs a few hits until it is listed, and never gives a wrong image.
+_ONLY_HOW = {
+    *("api_key", "api_key_file", "keys", "access_key_id", "access_key_id_file", "secret_access_key", "secret_access_key_file"),
+    *("workspace", "images_per_call", "response_format", "photo", "servers", "threads"),
+    *("timeout", "poll", "task_timeout", "on_unknown_submit"),
+}
+
+
+def what_shapes_images(section: Section) -> dict[str, Any]:
+    """The settings of one provider that may make a difference to its images, as JSON has them; no secret."""
+    return section.model_dump(mode="json", exclude=_ONLY_HOW)
+
+
 def provider_contradictions(generate: GenerateSettings, superbed: SuperbedSettings, chosen: str, store: str) -> Iterator[Problem]:
     """What a provider that is to be called lacks; *chosen* is the one of orders that name none, *store* the artifact store."""
     needs = {
@@ -247,9 +281,9 @@ def provider_contradictions(generate: GenerateSettings, superbed: SuperbedSettin
         if not getattr(getattr(generate, chosen), name):
             or_file = "" if chosen == "comfyui" else f" (or generate.{chosen}.{name}_file)"
             yield Problem(f"generate.{chosen}.{name}", f'must be set{or_file}, because orders.provider is "{chosen}"')
-    for name in ("openai_images", "dashscope"):
-        if getattr(generate, name).api_key is not None and getattr(generate, name).keys:
-            yield Problem(f"generate.{name}.api_key", f"is given beside generate.{name}.keys: one of the two")
+    for name, field in (("openai_images", "api_key"), ("dashscope", "api_key"), ("jimeng", "access_key_id")):
+        if getattr(getattr(generate, name), field) is not None and getattr(generate, name).keys:
+            yield Problem(f"generate.{name}.{field}", f"is given beside generate.{name}.keys: one of the two")
     for name, section in (("dashscope", generate.dashscope), ("jimeng", generate.jimeng)):
         if name not in (*generate.usable(), chosen):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from datetime import timedelta
@@ -79,6 +80,19 @@ def _is_web_url(value: str) -> bool:
     return parts.scheme in ("http", "https") and has_good_host and is_bare
 
 
+def _table(value: object) -> object:
+    """A JSON object given as text (as the environment does) becomes a table; the empty text an empty one."""
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value) if value.strip() else {}
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise ValueError('must be a table of arrays: {"one": ["two"]}')  # noqa: TRY004 - pydantic gathers ValueErrors only
+        return parsed
+    return value
+
+
 def _hosts(value: object) -> object:
     if isinstance(value, str) and not value.lstrip().startswith("["):
         value = [host for host in re.split(r"[,\s]+", value) if host]
@@ -112,3 +126,6 @@ Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
 Prompts = Annotated[tuple[str, ...], BeforeValidator(array_of_text), Field(min_length=1)]
 #: A provider's, backend's or queue's name; whether it exists is for app.py to say.
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=64)]
+OptionalNames = Annotated[tuple[Name, ...] | None, BeforeValidator(array_of_text), BeforeValidator(blank)]
+#: A table of arrays; as a variable a JSON object.
+NamesByName = Annotated[dict[Name, Annotated[tuple[Name, ...], BeforeValidator(array_of_text)]], BeforeValidator(_table)]

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
 from jobdaemon.errors import ArtifactMissingError, LeaseLostError, UnsupportedImageError
@@ -59,6 +60,9 @@ class FakeOrders:
 
     async def collectable_call(self, call_id: int) -> ProviderCall | None:
         return self.ended_calls.get(call_id)
+
+    async def unfinished_call(self, call_id: int) -> ProviderCall | None:
+        return self.call if self.call is not None and self.call.id == call_id else None
 
 
 @dataclass(slots=True)
@@ -118,8 +122,9 @@ class FakeProvider:
     max_images_per_call: int = 5
     is_paid: bool = True
     on_unknown_submit: OnUnknownSubmit = "retry"
-    #: What find_task answers, and the calls that were to be cancelled.
+    #: What find_task answers, what cancel does, and the calls that were to be cancelled.
     found: str | None = None
+    stops: bool | Exception = True
     cancelled: list[ProviderCall] = field(default_factory=list)
 
     async def find_task(self, request: GenerateRequest, call: ProviderCall) -> str | None:
@@ -127,7 +132,9 @@ class FakeProvider:
 
     async def cancel(self, call: ProviderCall) -> bool:
         self.cancelled.append(call)
-        return True
+        if isinstance(self.stops, Exception):
+            raise self.stops
+        return self.stops
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[ProviderEvent, None]:
         self.requests.append(request)
@@ -156,11 +163,18 @@ class FakeAttempt:
     checkpoints: list[Write] = field(default_factory=list)
     lost_after: int | None = None
     on_checkpoint: Callable[[Write], None] = lambda write: None
+    is_spent: bool = False
+    #: What a checkpoint raises once it is refused.
+    loss: type[LeaseLostError] = LeaseLostError
+    instead: Callable[[], Move | Settle | None] = lambda: None
+
+    def if_given_up(self, instead: Callable[[], Move | Settle | None]) -> None:
+        self.instead = instead
 
     async def checkpoint(self, *writes: Write) -> None:
         for write in writes:
             if self.lost_after is not None and len(self.checkpoints) >= self.lost_after:
-                raise LeaseLostError("lost")
+                raise self.loss("lost")
             self.checkpoints.append(write)
             self.on_checkpoint(write)
             if isinstance(write, ImageGenerated | ImageFailed):

@@ -32,6 +32,9 @@ STOCK_TRIGGERS = (
 OUR_INDEXES = (
     "jobs_ready_idx",
     "jobs_customer_idx",
+    "jobs_lane_idx",
+    "jobs_lane_customer_idx",
+    "jobs_lock_idx",
     "jobs_running_idx",
     "jobs_bought_idx",
     "jobs_scheduled_idx",

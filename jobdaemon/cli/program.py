@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from jobdaemon.cli import check, config, control, enqueue, jobs, keys, migrate, orders, queues
+from jobdaemon.cli import cache, check, config, control, enqueue, jobs, keys, migrate, orders, queues
 from jobdaemon.cli.errors import ExitCode, explain, sentence
 from jobdaemon.cli.explain import explain as explain_order
 from jobdaemon.cli.process import process
@@ -141,6 +141,7 @@ for verb, name in (
 app.command("resize", context_settings=control.NEGATIVE_NUMBERS)(control.resize)
 app.command("prioritize", context_settings=control.NEGATIVE_NUMBERS)(control.prioritize)
 app.add_typer(keys.app, name="keys")
+app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")
 
 

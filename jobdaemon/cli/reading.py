@@ -98,6 +98,11 @@ def keys(connection: psycopg.Connection[Any]) -> list[Row]:
     return _rows(connection, "SELECT * FROM jobdaemon.keys ORDER BY provider, alias")
 
 
+def cache_stats(connection: psycopg.Connection[Any]) -> list[Row]:
+    """Rows of ``cache_stats``."""
+    return _rows(connection, "SELECT * FROM jobdaemon.cache_stats ORDER BY provider")
+
+
 def daemons(connection: psycopg.Connection[Any], *, include_stopped: bool) -> list[Row]:
     """Rows of ``workers``."""
     return _rows(connection, _DAEMONS, {"all": include_stopped})

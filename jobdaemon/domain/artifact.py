@@ -45,6 +45,18 @@ def beautified_key(order_id: int, sha256: str) -> str:
     return f"work/{order_id}/beautified-{sha256[:16]}.jpg"
 
 
+def fitted_key(photo_key: str, longest_side: int, sha256: str) -> str:
+    """
+    Key of a smaller copy of a photo, made for a provider: beside the photo.
+
+    Args:
+        longest_side: of the copy, pixels.
+        sha256: of the copy.
+    """
+    folder, slash, _ = photo_key.rpartition("/")
+    return f"{folder}{slash}photo-{longest_side}-{sha256[:16]}.jpg"
+
+
 def generated_key(order_id: int, index: int, sha256: str, media_type: str) -> str:
     """Key of an image that arrived inline from a provider, before it is uploaded."""
     return f"work/{order_id}/{index:03d}-{sha256[:16]}.{EXTENSIONS.get(media_type, 'bin')}"

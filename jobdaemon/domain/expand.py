@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jobdaemon.domain.job import UPLOAD_QUEUE, Job, NewJob, Task, generate_queue
-from jobdaemon.domain.write import ImageFailed, OrderFailed, Write
+from jobdaemon.domain.write import CallEnded, ImageFailed, OrderFailed, Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,23 @@ def batches(images: Iterable[WantedImage], images_per_call: int) -> list[Batch]:
 
 
 def generate_jobs(
-    order_id: int, priority: int, provider: str, images: Iterable[WantedImage], images_per_call: int
+    order_id: int,
+    priority: int,
+    provider: str,
+    images: Iterable[WantedImage],
+    images_per_call: int,
+    *,
+    tried: Sequence[str] = (),
 ) -> tuple[NewJob, ...]:
-    """One job per batch."""
+    """
+    One job per batch.
+
+    Args:
+        tried: providers that gave these images up before.
+    """
+    past = {"tried": list(tried)} if tried else {}
     return tuple(
-        NewJob(generate_queue(provider), Task.GENERATE, priority, {"order_id": order_id, "images": list(batch.images)})
+        NewJob(generate_queue(provider), Task.GENERATE, priority, {"order_id": order_id, "images": list(batch.images)} | past)
         for batch in batches(images, images_per_call)
     )
 
@@ -67,7 +79,7 @@ def collect_job(order_id: int, priority: int, provider: str, index: int, call_id
 
 def writes_when_dead(job: Job, reason: str) -> tuple[Write, ...]:
     """
-    What a job that is given up on takes along: beautify its order, generate its batch, upload its image.
+    What a job that is given up on takes along: beautify its order, generate its batch, upload its image, abandon its call.
 
     An image that was made or stored meanwhile is not touched: :class:`ImageFailed` applies to what the stage had left to do.
     """
@@ -80,5 +92,7 @@ def writes_when_dead(job: Job, reason: str) -> tuple[Write, ...]:
             return tuple(ImageFailed(job.order_id, index, reason, was="pending") for index in job.image_indexes)
         case Task.UPLOAD:
             return tuple(ImageFailed(job.order_id, index, reason, was="generated") for index in job.image_indexes)
+        case Task.ABANDON if isinstance(call_id := job.args.get("call_id"), int):
+            return (CallEnded(job.order_id, job.id, "cancelled", call_id),)
         case _:
             return ()

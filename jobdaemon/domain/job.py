@@ -36,6 +36,7 @@ class Task(StrEnum):
     GENERATE = "jobdaemon.generate"
     UPLOAD = "jobdaemon.upload"
     REMOVE = "jobdaemon.remove"
+    ABANDON = "jobdaemon.abandon"
 
 
 def generate_queue(provider: str) -> str:
@@ -110,6 +111,12 @@ class Job:
         values = images if isinstance(images, list | tuple) else [self.args.get("image")]
         return tuple(value for value in map(_row_number, values) if value is not None)
 
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """Providers that gave a generate job's images up before; junk left out."""
+        tried = self.args.get("tried")
+        return tuple(name for name in tried if isinstance(name, str)) if isinstance(tried, list | tuple) else ()
+
     def claim_order(self) -> tuple[int, int, int]:
         """Sorts jobs of a queue as they are claimed: highest priority, oldest order (work for no order last), oldest job."""
         return (-self.priority, _NO_ORDER if self.order_id is None else self.order_id, self.id)
@@ -117,7 +124,12 @@ class Job:
     @property
     def outlives_its_order(self) -> bool:
         """Whether this job works on an order that has ended; every other job of an ended order is dropped."""
-        return self.task == Task.REMOVE
+        return self.task in (Task.REMOVE, Task.ABANDON)
+
+    @property
+    def is_best_effort(self) -> bool:
+        """Whether this job is given up quietly, and says nothing of how its queue's other side is."""
+        return self.task == Task.ABANDON
 
 
 def _row_number(value: object) -> int | None:

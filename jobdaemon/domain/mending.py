@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jobdaemon.domain.expand import WantedImage, batches, generate_jobs, upload_job
-from jobdaemon.domain.job import BEAUTIFY_QUEUE, Job, JobStatus, NewJob, Task
+from jobdaemon.domain.job import BEAUTIFY_QUEUE, Job, JobStatus, NewJob, Task, generate_queue
 from jobdaemon.domain.write import ImageFailed, OrderFailed, Write
 
 #: What an image that waits in each status waits for.
@@ -39,8 +39,16 @@ class OrderJob:
 
 
 @dataclass(frozen=True, slots=True)
+class OrderCall:
+    """A call that may still give something, whose job is not open; *images* are the indexes it asked for."""
+
+    provider: str
+    images: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class StrayOrder:
-    """An open order, with all its images, and all its jobs but those that succeeded."""
+    """An open order, with all its images, all its jobs but those that succeeded, and calls that nobody goes on with."""
 
     id: int
     priority: int
@@ -48,6 +56,7 @@ class StrayOrder:
     is_beautified: bool
     images: Sequence[OrderImage]
     jobs: Sequence[OrderJob]
+    calls: Sequence[OrderCall] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,14 @@ def mend(order: StrayOrder, images_per_call: int) -> Mending:
                 writes.append(ImageFailed(order.id, image.index, _reason(its_jobs), was=status))
     jobs = [upload_job(order.id, order.priority, index) for index in lost[Task.UPLOAD]]
     resumed: list[tuple[int, int]] = []
+    # Where a batch had gone on to another provider, what was bought there is fetched there; everything else begins anew.
+    for call in order.calls:
+        moved = [index for index in call.images if index in lost[Task.GENERATE]]
+        if call.provider != order.provider and moved:
+            lost[Task.GENERATE] = [index for index in lost[Task.GENERATE] if index not in moved]
+            args = {"order_id": order.id, "images": moved, "tried": [order.provider]}
+            jobs.append(NewJob(generate_queue(call.provider), Task.GENERATE, order.priority, args))
+            resumed.append((min(call.images), moved[0]))
     for batch in batches([WantedImage(image.index, image.prompt) for image in order.images], images_per_call):
         missing = [WantedImage(index, batch.prompt) for index in batch.images if index in lost[Task.GENERATE]]
         if missing:

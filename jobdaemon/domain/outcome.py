@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 
+from jobdaemon.domain.fallback import Move
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.write import Write
 
@@ -24,6 +25,8 @@ class End(StrEnum):
     HANDED_BACK = "handed_back"
     #: at once or after a rest, no attempt spent, one death counted: its worker died
     INTERRUPTED = "interrupted"
+    #: at once, in another provider's queue, with new attempts
+    MOVED = "moved"
     #: a dead letter
     FAILED = "failed"
 
@@ -56,6 +59,7 @@ class Transition:
         signal: what the error says of the queue, or of the key.
         retry_after: how long the other side asked us to wait, with a signal.
         ran_by: the daemon whose attempt this was, where another one ends it.
+        move: where the job goes on, when it is moved.
     """
 
     job: Job
@@ -69,6 +73,7 @@ class Transition:
     signal: Signal | None = None
     retry_after: timedelta | None = None
     ran_by: int | None = None
+    move: Move | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from jobdaemon.domain.job import Job
+from jobdaemon.domain.fallback import Move, Settle, may_help, moved_sentence
+from jobdaemon.domain.job import Job, provider_of
 from jobdaemon.domain.outcome import End, Signal, Transition
 from jobdaemon.domain.write import Write
 from jobdaemon.errors import (
@@ -15,6 +16,7 @@ from jobdaemon.errors import (
     KeyRefusedError,
     PermanentError,
     ProviderUnavailableError,
+    PutOffError,
     RateLimitedError,
     RetryableError,
     StoreUnavailableError,
@@ -34,6 +36,8 @@ _DEATH_REST = timedelta(seconds=1)
 _DEATH_REST_CAP = timedelta(minutes=5)
 #: A capacity signal that names no time.
 _DEFAULT_SNOOZE = timedelta(seconds=1)
+#: The longest rest of a job that is out of attempts and asks its provider what became of a call.
+_SETTLE_CAP = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,13 @@ def backoff_after(attempt: int, policy: RetryPolicy, jitter: float) -> timedelta
 
 
 def after_error(
-    job: Job, error: BaseException, policy: RetryPolicy, *, jitter: float, dead: Callable[[str], tuple[Write, ...]]
+    job: Job,
+    error: BaseException,
+    policy: RetryPolicy,
+    *,
+    jitter: float,
+    dead: Callable[[str], tuple[Write, ...]],
+    instead: Callable[[], Move | Settle | None] = lambda: None,
 ) -> Transition:
     """
     The transition that follows *error*.
@@ -73,6 +83,7 @@ def after_error(
     Args:
         jitter: a random number from 0.0 to 1.0.
         dead: what to write when the job is given up on, from the reason.
+        instead: what to do rather than give it up, where that may help.
     """
     kind = type(error).__name__
     reason = str(error) if isinstance(error, JobdaemonError) else f"{kind}: {error}"
@@ -89,13 +100,24 @@ def after_error(
         return Transition(
             job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=signal, retry_after=error.retry_after
         )
+    if isinstance(error, PutOffError):
+        delay = (error.retry_after or _DEFAULT_SNOOZE) * (1 + policy.jitter * jitter)
+        return Transition(job, End.SNOOZE, delay=delay, error_kind=kind, error=reason)
     if isinstance(error, DatabaseUnavailableError):
         # No fault of the job, and an outage may outlast all its attempts.
         return Transition(job, End.SNOOZE, delay=_DEFAULT_SNOOZE, error_kind=kind, error=reason)
     outage = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
-    if isinstance(error, PermanentError) or job.attempt >= policy.attempts:
-        return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason, signal=outage)
     delay = backoff_after(job.attempt, policy, jitter)
+    if isinstance(error, PermanentError) or job.attempt >= policy.attempts:
+        step = instead() if may_help(error) else None
+        if isinstance(step, Move):
+            told = moved_sentence(provider_of(job.queue), step.provider, reason)
+            return Transition(job, End.MOVED, writes=step.writes, error_kind=kind, error=told, signal=outage, move=step)
+        if step is None:
+            end = End.SUCCEEDED if job.is_best_effort else End.FAILED
+            return Transition(job, end, writes=dead(reason), error_kind=kind, error=reason, signal=outage)
+        longer = replace(policy, cap=max(policy.cap, _SETTLE_CAP))
+        delay = backoff_after(job.attempt, longer, jitter)
     if isinstance(error, RetryableError) and error.retry_after is not None:
         delay = max(delay, error.retry_after)
     return Transition(job, End.RETRY, delay=delay, error_kind=kind, error=reason, signal=outage)

@@ -22,6 +22,7 @@ from jobdaemon.domain.artifact import EXTENSIONS
 from jobdaemon.errors import KeyRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import MAX_RETRY_AFTER, Answer, GuardedClient
 from jobdaemon.ports import GenerateRequest, ImageMade, OnUnknownSubmit, ProviderCall, ProviderEvent, Submitting, TaskOver
+from jobdaemon.providers.photo_fit import PhotoBounds, PhotoFitter
 from jobdaemon.providers.wire import Kind, error_of, inline_image, kind_of_status
 from jobdaemon.redact import MASK, redact
 from jobdaemon.settings_generate import OpenAIImagesSettings
@@ -72,6 +73,8 @@ _MAX_FRAME_BYTES = 1024 * 1024
 _ONE_AT_A_TIME = frozenset({"dall-e-3"})
 #: Models that know no array of images. [O]
 _ONE_PHOTO = frozenset({"dall-e-2"})
+#: Under 50 MB, png, webp or jpg. [O] Sides have no bound there.
+PHOTO_BOUNDS = PhotoBounds(max_bytes=50_000_000 - 1)
 _REQUEST_ID = re.compile(r"[\w.:-]{1,80}")
 
 
@@ -104,6 +107,7 @@ class OpenAIImagesProvider:
         self._keys = dict(keys)
         self._client = client
         self._max_image_bytes = max_image_bytes
+        self._photos = PhotoFitter(self.name, PHOTO_BOUNDS)
         host = urlsplit(settings.base_url).hostname or ""
         self._link_lifetime = _LINK_LIFETIME if f".{host}".endswith(".openai.com") else None
 
@@ -118,7 +122,7 @@ class OpenAIImagesProvider:
             yield TaskOver()
             raise ProviderUnavailableError(f"{self.name} keeps no tasks: an answer that is gone cannot be had again")
         key = self._key(request.key)
-        photo = await request.load_photo() if self._settings.endpoint == "edits" else None
+        photo = await self._photo(request) if self._settings.endpoint == "edits" else None
         waiting = [index for index, _ in request.images]
         while waiting:
             yield Submitting()
@@ -155,7 +159,12 @@ class OpenAIImagesProvider:
             raise KeyRefusedError(f"{self.name} has no key {alias} on this daemon")
         return self._keys[alias]
 
-    async def _submit(self, request: GenerateRequest, photo: bytes | None, count: int, key: str) -> Answer:
+    async def _photo(self, request: GenerateRequest) -> tuple[bytes, str]:
+        """The photo's bytes and their media type."""
+        fitted = await self._photos.fit(request.photo, request.load_photo)
+        return await fitted.load(), fitted.artifact.media_type
+
+    async def _submit(self, request: GenerateRequest, photo: tuple[bytes, str] | None, count: int, key: str) -> Answer:
         settings = self._settings
         fields: dict[str, Any] = {"model": settings.model, "prompt": request.prompt, "n": count}
         chosen = {"size": settings.size, "quality": settings.quality, "response_format": settings.response_format}
@@ -169,14 +178,14 @@ class OpenAIImagesProvider:
             )
         # One photo as an array of one: gateways that take several expect this field, and those that take one know it too.
         field = "image" if settings.model in _ONE_PHOTO else "image[]"
-        media_type = request.photo.media_type
+        content, media_type = photo
         name = f"order-{request.order_id}.{EXTENSIONS.get(media_type, 'bin')}"
         return await self._client.call(
             "POST",
             url,
             headers=headers,
             data={name: str(value) for name, value in fields.items()},
-            files=[(field, (name, photo, media_type))],
+            files=[(field, (name, content, media_type))],
             max_bytes=max_bytes,
             timeout=settings.timeout,
         )

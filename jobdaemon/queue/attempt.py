@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from jobdaemon.domain.expand import writes_when_dead
-from jobdaemon.domain.job import Job
+from jobdaemon.domain.fallback import Move, Settle
+from jobdaemon.domain.job import Job, provider_of
 from jobdaemon.domain.outcome import Done, End, Transition, Verdict
 from jobdaemon.domain.retry import RetryPolicy, after_error
 from jobdaemon.domain.write import Write
-from jobdaemon.errors import LeaseLostError, PermanentError, RetryableError
-from jobdaemon.events import CheckpointCommitted, Events, JobFinished, JobStarted, LeaseLost, Outcome
+from jobdaemon.errors import LeaseLostError, OrderEndedError, PermanentError, RetryableError
+from jobdaemon.events import CheckpointCommitted, Events, JobFinished, JobStarted, LeaseLost, Outcome, ProviderChanged
 from jobdaemon.ports import Stage
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.solitude import NotNowError, Solitude
@@ -29,6 +30,7 @@ _OUTCOMES: Mapping[End, Outcome] = {
     End.RETRY: "retry",
     End.SNOOZE: "snooze",
     End.HANDED_BACK: "handed_back",
+    End.MOVED: "moved",
     End.FAILED: "failed",
 }
 
@@ -53,19 +55,36 @@ class AttemptRules:
 class RunningAttempt:
     """What a stage sees of its attempt (ports.Attempt)."""
 
-    def __init__(self, job: Job, committer: Committer, events: Events) -> None:
+    def __init__(self, job: Job, committer: Committer, events: Events, *, attempts: int) -> None:
+        """
+        Args:
+            attempts: how many the job gets.
+        """
         self._job = job
         self._committer = committer
         self._events = events
+        self._attempts = attempts
+        self.instead: Callable[[], Move | Settle | None] = lambda: None
 
     @property
     def job(self) -> Job:
         """The claimed job."""
         return self._job
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether all attempts of the job are spent: this one only settles what they left behind."""
+        return self._job.attempts >= self._attempts
+
+    def if_given_up(self, instead: Callable[[], Move | Settle | None]) -> None:
+        """What to do with the job rather than give it up, should this attempt fail and be the last."""
+        self.instead = instead
+
     async def checkpoint(self, *writes: Write) -> None:
-        """Commit *writes* now; LeaseLostError when the job or its order is not ours to work on any more."""
+        """Commit *writes* now; LeaseLostError when the job is not ours to work on any more, OrderEndedError for its order."""
         verdict = await self._committer.commit(Transition(self._job, End.CHECKPOINT, writes=writes))
+        if verdict is Verdict.ORDER_ENDED:
+            raise OrderEndedError(f"job {self._job.id}: its order has ended")
         if verdict is not Verdict.ACCEPTED:
             raise LeaseLostError(f"job {self._job.id}: {verdict.value}")
         self._events.emit(CheckpointCommitted(job_id=self._job.id))
@@ -112,10 +131,11 @@ class AttemptRunner:
         started = loop.time()
         self._events.emit(JobStarted(job_id=job.id, queue=job.queue, task=job.task, attempt=job.attempt, order_id=job.order_id))
         done = Done()
+        attempt = RunningAttempt(job, self._committer, self._events, attempts=rules.retry.attempts)
         try:
             await self._solitude.join(job)
             company.callback(self._solitude.leave, job)
-            done = await self._run_stage(job, rules)
+            done = await self._run_stage(attempt, rules)
             transition = Transition(job, End.SUCCEEDED, writes=done.writes)
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
@@ -123,12 +143,12 @@ class AttemptRunner:
                 transition = Transition(job, End.HANDED_BACK, error=str(next(iter(error.args), "the daemon stopped")))
             else:
                 # Nobody cancelled this attempt: something inside the stage did. Handed back, it would run for ever.
-                transition = _after_error(job, RetryableError("the stage cancelled itself"), rules)
+                transition = _after_error(attempt, RetryableError("the stage cancelled itself"), rules)
         except (LeaseLostError, NotNowError) as error:
             # The end is committed all the same: the fence drops what is lost, and ends the job of a cancelled order.
             transition = Transition(job, End.HANDED_BACK, error=str(error))
         except Exception as error:  # noqa: BLE001 - whatever a stage raises ends its own attempt and nothing else
-            transition = _after_error(job, error, rules)
+            transition = _after_error(attempt, error, rules)
         seconds = loop.time() - started
         verdict = await self._commit(replace(transition, seconds=seconds))
         self._report(transition, verdict, seconds)
@@ -144,7 +164,8 @@ class AttemptRunner:
             # The grace is over while the end is on its way: the end comes first. A second cancellation gets through.
             return await commit
 
-    async def _run_stage(self, job: Job, rules: AttemptRules) -> Done:
+    async def _run_stage(self, attempt: RunningAttempt, rules: AttemptRules) -> Done:
+        job = attempt.job
         stage = self._stages.get(job.task)
         if stage is None:
             raise PermanentError(f"no stage knows the task {job.task}")
@@ -154,7 +175,7 @@ class AttemptRunner:
         limit = asyncio.timeout(rules.run_timeout.total_seconds())
         try:
             async with limit:
-                return await stage.run(RunningAttempt(job, self._committer, self._events))
+                return await stage.run(attempt)
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -171,7 +192,18 @@ class AttemptRunner:
                 job_id=job.id, queue=job.queue, outcome=outcome, seconds=seconds, error=transition.error, order_id=job.order_id
             )
         )
+        if verdict is Verdict.ACCEPTED and transition.move is not None and job.order_id is not None:
+            was, provider = provider_of(job.queue), transition.move.provider
+            self._events.emit(ProviderChanged(job.order_id, job.id, was, provider, reason=transition.error))
 
 
-def _after_error(job: Job, error: Exception, rules: AttemptRules) -> Transition:
-    return after_error(job, error, rules.retry, jitter=random.random(), dead=lambda reason: writes_when_dead(job, reason))
+def _after_error(attempt: RunningAttempt, error: Exception, rules: AttemptRules) -> Transition:
+    job = attempt.job
+    return after_error(
+        job,
+        error,
+        rules.retry,
+        jitter=random.random(),
+        dead=lambda reason: writes_when_dead(job, reason),
+        instead=attempt.instead,
+    )

@@ -3,7 +3,8 @@ The committer: gathers what attempts want committed and commits it in groups, on
 
 While one group is being committed the next one gathers, so a busy daemon pays one commit for many jobs and an idle one commits
 at once. A commit that cannot reach the database is kept and sent again, which the fence makes safe; how many wait is bounded by
-the number of running attempts, since each waits for its own.
+the number of running attempts, since each waits for its own. Where somebody holds an order, all that concerns it is held back
+until it is free, and the others go on.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import asyncio
 
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.outcome import End, Transition, Verdict
-from jobdaemon.errors import DatabaseUnavailableError, RetryableError
+from jobdaemon.errors import DatabaseUnavailableError, RetryableError, RowsLockedError
 from jobdaemon.events import CommitFailed, Events, OrderSettled
 from jobdaemon.queue.store import OrderChange, PostgresJobStore
 
 MAX_GROUP = 200
 _FIRST_REST_S = 0.1
 _LONGEST_REST_S = 5.0
+#: How often to look whether what somebody held is free.
+_LOCK_REST_S = 0.5
+
+_Member = tuple[Transition, asyncio.Future[Verdict]]
 
 
 class Committer:
@@ -27,7 +32,10 @@ class Committer:
     def __init__(self, store: PostgresJobStore, events: Events) -> None:
         self._store = store
         self._events = events
-        self._waiting: list[tuple[Transition, asyncio.Future[Verdict]]] = []
+        self._waiting: list[_Member] = []
+        #: What waits for a lock that somebody holds, oldest first; and who looks whether it is free.
+        self._held: list[_Member] = []
+        self._freeing: asyncio.Task[None] | None = None
         self._work = asyncio.Event()
         self._untold: set[int] = set()
         self._telling: asyncio.Task[None] | None = None
@@ -52,24 +60,35 @@ class Committer:
                 while self._waiting:
                     await self._commit_group(self._take_group())
         finally:
-            if self._telling is not None:
-                self._telling.cancel()
+            for task in (self._telling, self._freeing):
+                if task is not None:
+                    task.cancel()
 
-    def _take_group(self) -> list[tuple[Transition, asyncio.Future[Verdict]]]:
+    def _take_group(self) -> list[_Member]:
         """The oldest that wait, one per job: an attempt cut short during a checkpoint, or rescued meanwhile, has two."""
-        group: list[tuple[Transition, asyncio.Future[Verdict]]] = []
-        rest: list[tuple[Transition, asyncio.Future[Verdict]]] = []
+        group: list[_Member] = []
+        rest: list[_Member] = []
         jobs: set[int] = set()
+        held_jobs = {transition.job.id for transition, _ in self._held}
+        held_orders = {transition.job.order_id for transition, _ in self._held} - {None}
         for member in self._waiting:
-            job_id = member[0].job.id
-            (rest if job_id in jobs or len(group) >= MAX_GROUP else group).append(member)
-            jobs.add(job_id)
+            job = member[0].job
+            if job.id in held_jobs or job.order_id in held_orders:
+                self._held.append(member)
+                continue
+            (rest if job.id in jobs or len(group) >= MAX_GROUP else group).append(member)
+            jobs.add(job.id)
         self._waiting = rest
         return group
 
-    async def _commit_group(self, group: list[tuple[Transition, asyncio.Future[Verdict]]]) -> None:
+    async def _commit_group(self, group: list[_Member]) -> None:
+        if not group:
+            return
         try:
             verdicts = await self._commit_surely([transition for transition, _ in group])
+        except RowsLockedError:
+            await self._hold_back(group)
+            return
         except Exception as error:  # noqa: BLE001 - a group must not die of one member
             if len(group) == 1:
                 await self._give_up_on(*group[0], error)
@@ -89,6 +108,8 @@ class Committer:
         while True:
             try:
                 committed = await self._store.commit(transitions, daemon_id=self.daemon_id, wake=wake)
+            except RowsLockedError:
+                raise
             except DatabaseUnavailableError as error:
                 if not is_told:
                     is_told = True
@@ -100,6 +121,34 @@ class Committer:
             for event in committed.news:
                 self._events.emit(event)
             return committed.verdicts
+
+    async def _hold_back(self, group: list[_Member]) -> None:
+        """Somebody holds something of this group: let those wait whom it concerns, and the others try again."""
+        locked = await self._locked(group)
+        held = [member for member in group if member[0].job.id in locked]
+        # None where it is free again, or is no row: a queue's lock, which nobody keeps for longer than a lease.
+        self._waiting[:0] = [member for member in group if member[0].job.id not in locked]
+        if held:
+            self._held += held
+            self._events.emit(CommitFailed(error="somebody holds what has to be written", jobs=len(held)))
+            if self._freeing is None or self._freeing.done():
+                self._freeing = asyncio.get_running_loop().create_task(self._free())
+
+    async def _free(self) -> None:
+        """Commit what was held back, in its old order, as soon as nothing of it is held any more."""
+        while self._held:
+            await asyncio.sleep(_LOCK_REST_S)
+            locked = await self._locked(self._held)
+            self._waiting[:0] = [member for member in self._held if member[0].job.id not in locked]
+            self._held = [member for member in self._held if member[0].job.id in locked]
+            self._work.set()
+
+    async def _locked(self, members: list[_Member]) -> set[int]:
+        """The jobs of those that have to wait; all of them while the database does not say."""
+        try:
+            return await self._store.locked_jobs([transition.job for transition, _ in members])
+        except Exception:  # noqa: BLE001 - what is held back must not be forgotten
+            return {transition.job.id for transition, _ in members}
 
     async def _give_up_on(self, transition: Transition, future: asyncio.Future[Verdict], error: Exception) -> None:
         """The database refuses what this attempt wants to write: that is the attempt's own failure."""
@@ -118,6 +167,9 @@ class Committer:
             try:
                 [verdict] = await self._commit_surely([failed])
                 break
+            except RowsLockedError:
+                self._waiting.insert(0, (transition, future))
+                return
             except Exception as again:  # noqa: BLE001 - a group must not die of one member
                 self._events.emit(CommitFailed(job_id=job.id, error=(str(again).splitlines() or [""])[0]))
         if not future.done():

@@ -13,6 +13,7 @@ from datetime import timedelta
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.outcome import End, Transition, Verdict
+from jobdaemon.domain.write import CallAccepted, CallEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Ruling:
     What to do about one transition.
 
     Attributes:
-        commit: the transition whose writes apply, or None.
+        commit: the transition whose writes apply, or None; of an ended order's only what it notes of its calls.
         status: the job's new status, or None to leave the job alone.
         recorded_outcome: what ``attempts`` says of it, or None for a success.
     """
@@ -55,18 +56,20 @@ _STATUS = {
     End.SNOOZE: JobStatus.TODO,
     End.HANDED_BACK: JobStatus.TODO,
     End.INTERRUPTED: JobStatus.TODO,
+    End.MOVED: JobStatus.TODO,
     End.FAILED: JobStatus.FAILED,
 }
 _SPENDS_AN_ATTEMPT = {End.SUCCEEDED, End.RETRY, End.FAILED}
 
 
-def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool) -> Ruling:
+def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool, is_living: bool = False) -> Ruling:
     """
     Decide about one transition.
 
     Args:
         held: the job's row, locked; None when it is gone.
         order_has_ended: its order is completed, partial, failed, cancelled or gone.
+        is_living: the daemon that runs it beats; a rescue may come after that.
     """
     job, end = transition.job, transition.end
     if held is None or held.token != job.token:
@@ -74,12 +77,17 @@ def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool)
     if held.status != JobStatus.DOING:
         # Only the holder of the token can have ended the job and left the token in place: our earlier try did commit.
         return Ruling(Verdict.LEASE_LOST if end is End.CHECKPOINT else Verdict.ACCEPTED, job)
+    if end is End.INTERRUPTED and is_living:
+        return Ruling(Verdict.LEASE_LOST, job)
+    # What became of a call is true whatever became of its order: the id of a task that is to be stopped has to be known.
+    notes = replace(transition, writes=tuple(write for write in transition.writes if isinstance(write, CallAccepted | CallEnded)))
     # The upload of its last image may end an order before the generate attempt that made it has ended: that attempt succeeded.
-    has_nothing_to_drop = end is End.SUCCEEDED and not transition.writes and not held.abort_requested
+    has_nothing_to_drop = end is End.SUCCEEDED and notes.writes == transition.writes and not held.abort_requested
     if order_has_ended and not job.outlives_its_order and not has_nothing_to_drop:
+        commit = notes if notes.writes else None
         if end is End.CHECKPOINT:
-            return Ruling(Verdict.ORDER_ENDED, job)
-        return _end(transition, JobStatus.ABORTED, Verdict.ORDER_ENDED, "cancelled", writes=False)
+            return Ruling(Verdict.ORDER_ENDED, job, commit=commit)
+        return replace(_end(transition, JobStatus.ABORTED, Verdict.ORDER_ENDED, "cancelled", writes=False), commit=commit)
     if end is End.CHECKPOINT:
         return Ruling(Verdict.ACCEPTED, job, commit=transition)
     if held.abort_requested and _STATUS[end] is JobStatus.TODO:

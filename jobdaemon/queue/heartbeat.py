@@ -1,9 +1,10 @@
 """
 The heartbeat: renews the lease of everything this daemon runs, and knows how far it can be trusted.
 
-Two clocks: the database's decides whether a lease holds, this process's own monotonic clock how long no beat got through. After
-three quarters of the lease this daemon stalls, and its paid calls are aborted: it stood still, or the database answers others.
-While the database itself is away nothing is aborted: nobody else can have claimed the work.
+Two clocks: the database's decides whether a lease holds (in the claim, and in the look for jobs that nobody runs), this process's
+own monotonic clock how long no beat got through. After three quarters of the lease this daemon stalls, and its paid calls are
+aborted: it stood still, or the database answers others. While the database itself is away nothing is aborted: nobody else can
+have claimed the work.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ class Heartbeat:
         self._store = store
         self._events = events
         self._interval_s = interval.total_seconds()
+        self._lease = lease
         self._lease_s = lease.total_seconds()
         self._register = register
         self._on_first_beat = on_first_beat
         self._on_stall = on_stall
         self._now = asyncio.Event()
-        self._steady_since: float | None = None
-        self._last_beat: float | None = None
         #: When the last beat that succeeded was sent: the database's clock saw it later.
         self._leased_at: float | None = None
         self._beaten = asyncio.Event()
         self._lost_at: float | None = None
+        self._was_ready = False
         #: When the last beat stops being trusted, and the timer that rings then.
         self._trusted_until = 0.0
         self._watch: asyncio.TimerHandle | None = None
@@ -73,16 +74,13 @@ class Heartbeat:
         self.last_turn_s = 0.0
 
     def beat_now(self) -> None:
-        """Do not wait for the interval: the listening connection was lost, or this daemon's row is gone."""
+        """Do not wait for the interval: the listening connection was lost."""
         self._now.set()
 
-    def may_rescue(self) -> bool:
-        """
-        Whether this daemon's own beats have succeeded without a gap for a whole lease.
-
-        After an outage of Postgres every daemon's lease looks lapsed; the first one back must not rescue everybody's jobs.
-        """
-        return self._steady_since is not None and asyncio.get_running_loop().time() - self._steady_since >= self._lease_s
+    def beat_first(self) -> None:
+        """The database refused a claim, because the lease has lapsed by its clock or this daemon's row is gone."""
+        self._leased_at = None
+        self._now.set()
 
     async def until_lease_holds(self) -> None:
         """
@@ -123,14 +121,12 @@ class Heartbeat:
         try:
             await self._beat_once(self._patience(began))
         except DatabaseUnavailableError as error:
-            self._steady_since = None
             if self._lost_at is None:
                 self._lost_at = loop.time()
                 self._events.emit(DatabaseLost(error=str(error)))
             self._failed(is_answering=await self._store.answers(timeout=self._patience(loop.time())))
             return
         except Exception as error:  # noqa: BLE001 - the heart goes on
-            self._steady_since = None
             self._events.emit(UpkeepFailed(error=f"heartbeat: {type(error).__name__}: {error}"))
             self._failed(is_answering=True)
             return
@@ -144,7 +140,6 @@ class Heartbeat:
 
     def _succeeded(self, began: float) -> None:
         loop = asyncio.get_running_loop()
-        now = loop.time()
         self._leased_at = began
         self._trusted_until = began + _TRUSTED * self._lease_s
         self._answers, self._has_stalled = 0, False
@@ -153,12 +148,10 @@ class Heartbeat:
         self._watch = loop.call_at(self._trusted_until, self._ring)
         self._beaten.set()
         if self._lost_at is not None:
-            self._events.emit(DatabaseBack(seconds=now - self._lost_at))
+            self._events.emit(DatabaseBack(seconds=loop.time() - self._lost_at))
             self._lost_at = None
-        if self._steady_since is None or (self._last_beat is not None and now - self._last_beat > self._lease_s):
-            self._steady_since = now
-        is_first, self._last_beat = self._last_beat is None, now
-        if is_first:
+        if not self._was_ready:
+            self._was_ready = True
             self._on_first_beat()
 
     def _failed(self, *, is_answering: bool) -> None:
@@ -180,7 +173,6 @@ class Heartbeat:
             self._stall(_STOOD_STILL)
 
     def _stall(self, reason: str) -> None:
-        self._steady_since = None
         if not self._has_stalled:
             self._has_stalled = True
             self._on_stall(reason)
@@ -194,7 +186,6 @@ class Heartbeat:
         return timedelta(seconds=patience_s)
 
     async def _beat_once(self, timeout: timedelta) -> None:  # noqa: ASYNC109 - the statement's
-        if self.daemon_id is None or not await self._store.heartbeat(self.daemon_id, timeout=timeout):
+        if self.daemon_id is None or not await self._store.heartbeat(self.daemon_id, lease=self._lease, timeout=timeout):
             self.daemon_id = await self._register()
-            self._steady_since = None
-            await self._store.heartbeat(self.daemon_id, timeout=timeout)
+            await self._store.heartbeat(self.daemon_id, lease=self._lease, timeout=timeout)

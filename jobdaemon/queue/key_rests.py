@@ -90,7 +90,7 @@ def _tally(ended: Iterable[Transition]) -> dict[_Name, _Tally]:
     tallies: dict[_Name, _Tally] = {}
     for transition in ended:
         job = transition.job
-        if job.key_alias is None:
+        if job.key_alias is None or job.is_best_effort:
             continue
         tally = tallies.setdefault((provider_of(job.queue), job.key_alias), _Tally())
         token = job.token or 0

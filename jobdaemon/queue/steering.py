@@ -103,6 +103,9 @@ class Steering:
         for transition in ended:
             tally = tallies.setdefault(transition.job.queue, _Tally())
             token = transition.job.token or 0
+            if transition.job.is_best_effort:
+                tally.others += 1
+                continue
             if transition.signal is not None:
                 tally.reason = transition.error
             if transition.signal is Signal.CAPACITY:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -19,17 +19,19 @@ import asyncpg
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.fallback import FallbackRules, Trouble
 from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.keys import ProviderKey
-from jobdaemon.domain.mending import OrderImage, OrderJob, StrayOrder, mend
-from jobdaemon.domain.outcome import Transition, Verdict
+from jobdaemon.domain.mending import OrderCall, OrderImage, OrderJob, StrayOrder, mend
+from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
 from jobdaemon.domain.write import OrderFailed
-from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
+from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
 from jobdaemon.events import Event
 from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
-from jobdaemon.queue import fence, sql, writes
+from jobdaemon.queue import fence, moving, sql, writes
+from jobdaemon.queue.image_cache import CacheRows
 from jobdaemon.queue.key_rests import rest_keys
 from jobdaemon.queue.steering import Steering
 
@@ -41,6 +43,8 @@ CHANNELS = (READY_CHANNEL, SCHEDULED_CHANNEL, CONTROL_CHANNEL, ABORT_CHANNEL)
 
 #: A queue whose lock somebody holds for longer has to wait: the other queues of this daemon claim over the same connection.
 _CLAIM_PATIENCE = timedelta(seconds=1)
+#: So has a commit whose order somebody holds: all attempts of this daemon end over the same connection.
+_COMMIT_PATIENCE = timedelta(seconds=1)
 
 _FINAL = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.ABORTED}
 
@@ -135,10 +139,12 @@ class PostgresJobStore:
 
     def __init__(self, address: db.DatabaseAddress) -> None:
         self._claims = db.Session(address, name="claim", lock_timeout=_CLAIM_PATIENCE)
-        self._finishes = db.Session(address, name="finish")
+        self._finishes = db.Session(address, name="finish", lock_timeout=_COMMIT_PATIENCE)
         self._upkeep = db.Session(address, name="upkeep")
         self._reads = db.Session(address, name="read")
         self._pulse = db.Session(address, name="pulse", on_connect=self._listen)
+        #: The rows of the cache, over the connections of the stages and of upkeep.
+        self.cache = CacheRows(self._reads, self._upkeep)
         self._steering = Steering()
         self._on_notify: Callable[[str, str], None] | None = None
         self._on_silence: Callable[[], None] | None = None
@@ -217,10 +223,11 @@ class PostgresJobStore:
             if rows := [asdict(key) for key in keys]:
                 await connection.execute(_JOBS["ensure_keys"], json.dumps(rows))
 
-    async def heartbeat(self, daemon_id: int, *, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
-        """Renew the lease of all this daemon's jobs; False when its row is gone and it must register again."""
+    async def heartbeat(self, daemon_id: int, *, lease: timedelta, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
+        """Renew the *lease* of all this daemon's jobs; False when its row is gone and it must register again."""
+        lease_s, timeout_s = lease.total_seconds(), timeout.total_seconds()
         async with self._pulse.use() as connection:
-            return await connection.fetchval(_JOBS["heartbeat"], daemon_id, timeout=timeout.total_seconds()) is not None
+            return await connection.fetchval(_JOBS["heartbeat"], daemon_id, lease_s, timeout=timeout_s) is not None
 
     async def answers(self, *, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
         """Whether the database answers, and takes writes, now; never raises."""
@@ -265,8 +272,8 @@ class PostgresJobStore:
         Up to *limit* ready jobs, highest priority first, then oldest; they run under this daemon's lease from now on.
 
         Raises:
-            LeaseLostError: this daemon's row is gone: it has to register again.
-            DatabaseUnavailableError: also when somebody has held the queue's lock for a second.
+            LeaseLostError: a heartbeat has to come first: this daemon was silent for most of its lease, or its row is gone.
+            RowsLockedError: somebody has held the queue's lock for a second.
         """
         records = await self._claim(queue, daemon_id, limit, None)
         return _in_claim_order(records, queue)
@@ -290,9 +297,11 @@ class PostgresJobStore:
                 # A stock worker took a job with the same lock between our look and our update: as good as none ready.
                 return []
             except asyncpg.LockNotAvailableError as error:
-                raise DatabaseUnavailableError(f"queue {queue} is locked") from error
+                raise RowsLockedError(f"queue {queue} is locked") from error
             except asyncpg.ForeignKeyViolationError as error:
                 raise LeaseLostError("somebody removed this daemon's row") from error
+            except asyncpg.ObjectNotInPrerequisiteStateError as error:
+                raise LeaseLostError("this daemon was silent for most of its lease") from error
         is_probe = any(record["id"] is not None and record["circuit_before"] == "open" for record in records)
         if is_probe and self._on_probe is not None:
             self._on_probe(queue)
@@ -317,7 +326,35 @@ class PostgresJobStore:
             await connection.execute(_JOBS["stop_jobs"], sorted(order_ids))
             document = json.dumps([writes.row(OrderFailed(record["id"], record["error"])) for record in expired])
             await connection.execute(_ORDERS["order_failed"], document)
-            return await self._settle(connection, order_ids)
+            changes = await self._settle(connection, order_ids)
+            await connection.execute(_ORDERS["abandon_calls"], sorted(order_ids))
+            return changes
+
+    async def abandon_calls(self, limit: int) -> int:
+        """
+        The net below cancelling and expiring: have calls of ended orders stopped that nobody goes on with, and lost ones told.
+
+        Returns:
+            How many orders had any, *limit* at most.
+        """
+        async with self._upkeep.use() as connection, connection.transaction():
+            order_ids = [record["id"] for record in await connection.fetch(_ORDERS["abandoned_orders"], limit)]
+            if order_ids:
+                await connection.execute(_ORDERS["abandon_calls"], order_ids)
+        return len(order_ids)
+
+    async def troubled_providers(self, after: timedelta) -> list[Trouble]:
+        """Providers of which nothing can start, by their circuit or their keys; *after* is what counts as long."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_JOBS["troubled_providers"], after.total_seconds())
+        return [Trouble(record["provider"], record["is_long"], record["reason"]) for record in records]
+
+    async def move_waiting(
+        self, provider: str, rules: FallbackRules, *, avoid: Collection[str], reason: str, skip: int, limit: int
+    ) -> moving.Look:
+        """Send on what waits in a provider's queue: see :func:`jobdaemon.queue.moving.move_waiting`."""
+        async with self._upkeep.use() as connection, connection.transaction():
+            return await moving.move_waiting(connection, provider, rules, avoid=avoid, reason=reason, skip=skip, limit=limit)
 
     async def lift_orders(self, limit: int = 20) -> int:
         """Lift orders that waited longer than their plan's ``lift_after`` over all plans; returns how many, *limit* at most."""
@@ -369,26 +406,37 @@ class PostgresJobStore:
         for row in await connection.fetch(_RECONCILE["stray_jobs"], order_ids):
             job = Job(row["id"], "", row["task_name"], 0, json.loads(row["args"]))
             jobs[row["order_id"]].append(OrderJob(job, row["status"]))
+        calls: dict[int, list[OrderCall]] = {order_id: [] for order_id in order_ids}
+        for row in await connection.fetch(_RECONCILE["stray_calls"], order_ids):
+            calls[row["order_id"]].append(OrderCall(row["provider"], tuple(row["images"])))
         return [
-            StrayOrder(id, order["priority"], order["provider"], order["is_beautified"], images[id], jobs[id])
+            StrayOrder(id, order["priority"], order["provider"], order["is_beautified"], images[id], jobs[id], calls[id])
             for id, order in zip(order_ids, orders, strict=True)  # noqa: A001 - an order's
         ]
 
     async def lost_jobs(
-        self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500
+        self, daemon_id: int, running: Iterable[int], *, lease: timedelta, limit: int = 500
     ) -> list[tuple[Job, int | None]]:
         """
-        Running jobs that nobody runs, and the id of the worker each belongs to.
+        Running jobs that nobody runs, and the id of the worker each belongs to; and jobs of *running* that belong to nobody.
+
+        The database judges others only for a daemon whose own heartbeats have come without a gap for a whole lease.
 
         Args:
             running: jobs this daemon knows that it runs; a job of its own that is missing here was claimed in vain, because the
                 answer to the claim was lost.
-            lease: a worker that was silent for longer has lost its jobs; None leaves other workers alone.
+            lease: a worker that was silent for longer, and for longer than its own lease, has lost its jobs.
         """
-        lease_s = None if lease is None else lease.total_seconds()
+        lease_s = lease.total_seconds()
         async with self._upkeep.use() as connection:
             records = await connection.fetch(_JOBS["lost_jobs"], lease_s, limit, daemon_id, list(running))
         return [(_job(record, record["queue_name"]), record["worker_id"]) for record in records]
+
+    async def adopt_jobs(self, daemon_id: int, jobs: Iterable[Job]) -> None:
+        """Take jobs that run here along under a new id, after somebody removed this daemon's row; what is held is left."""
+        jobs = list(jobs)
+        async with self._upkeep.use() as connection:
+            await connection.execute(_JOBS["adopt_jobs"], daemon_id, [job.id for job in jobs], [job.token for job in jobs])
 
     async def other_deaths(self, job: Job, worker: int | None, *, lease: timedelta) -> int:
         """Signs, within STORM_WINDOW, that workers die without this job, whose last *worker* is left out, too."""
@@ -410,6 +458,7 @@ class PostgresJobStore:
 
         Raises:
             DatabaseUnavailableError: whether the group was committed is unknown; sending it again is safe.
+            RowsLockedError: it was not, since somebody has held something of it for a second: see :meth:`locked_jobs`.
             asyncpg.PostgresError: the group was rolled back because of one of its members.
         """
         async with self._finishes.use() as connection, connection.transaction():
@@ -423,21 +472,40 @@ class PostgresJobStore:
                 record["id"]: fence.HeldJob(record["status"], record["token"], record["abort_requested"])
                 for record in await connection.fetch(_JOBS["lock_jobs"], sorted(t.job.id for t in transitions))
             }
+            lost = [t.job.id for t in transitions if t.end is End.INTERRUPTED]
+            living = {record["id"] for record in await connection.fetch(_JOBS["living_jobs"], lost)} if lost else set()
             rulings = [
-                fence.rule(transition, held.get(transition.job.id), order_has_ended=transition.job.order_id in ended)
+                fence.rule(
+                    transition,
+                    held.get(transition.job.id),
+                    order_has_ended=transition.job.order_id in ended,
+                    is_living=transition.job.id in living,
+                )
                 for transition in transitions
             ]
             changed = await self._apply_writes(connection, [ruling.commit for ruling in rulings if ruling.commit])
             # Every end may be the last thing its order waited for, even one that had nothing to write.
             changed |= {ruling.job.order_id for ruling in rulings if ruling.status in _FINAL and ruling.job.order_id is not None}
+            # Before its attempt's end: what has moved ends where it is now.
+            moves = [(ruling.job, ruling.commit.move) for ruling in rulings if ruling.commit and ruling.commit.move]
+            await moving.move_jobs(connection, moves)
             await self._end_jobs(connection, [ruling for ruling in rulings if ruling.status is not None], daemon_id)
             changes = await self._settle(connection, changed)
+            if over := {ruling.job.order_id for ruling in rulings if ruling.verdict is Verdict.ORDER_ENDED}:
+                await connection.execute(_ORDERS["abandon_calls"], sorted(id for id in over if id is not None))  # noqa: A001
             ended_here = [t for t, ruling in zip(transitions, rulings, strict=True) if ruling.status is not None]
             news: list[Event] = list(await rest_keys(connection, ended_here))
             news += await self._steering.apply(connection, ended_here)
             if queues := sorted(set(wake)):
                 await connection.execute(_JOBS["wake_queues"], queues)
         return Committed([ruling.verdict for ruling in rulings], changes, news)
+
+    async def locked_jobs(self, jobs: Iterable[Job]) -> set[int]:
+        """Those of these jobs whose commit would have to wait: somebody holds the job, its order or an image of that."""
+        numbers = [(job.id, job.order_id) for job in jobs]
+        async with self._finishes.use() as connection:
+            records = await connection.fetch(_JOBS["locked_jobs"], [job for job, _ in numbers], [order for _, order in numbers])
+        return {record["job_id"] for record in records}
 
     async def _apply_writes(self, connection: db.Connection, transitions: list[Transition]) -> set[int]:
         """Run the writes of accepted transitions, kind by kind; returns the orders that may have moved on."""
@@ -527,6 +595,10 @@ class PostgresJobStore:
     async def collectable_call(self, call_id: int) -> ProviderCall | None:
         """A call that ended well, whose results may be fetched once more; None once the provider has forgotten it."""
         return await self._load_call("collectable_call", call_id)
+
+    async def unfinished_call(self, call_id: int) -> ProviderCall | None:
+        """This call, if its end is unknown."""
+        return await self._load_call("unfinished_call", call_id)
 
     async def _load_call(self, statement: str, number: int) -> ProviderCall | None:
         async with self._reads.use() as connection:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.errors import DatabaseUnavailableError
 from jobdaemon.events import (
     CircuitTurned,
@@ -88,10 +90,14 @@ class Supervisor:
         ensure_rows: Callable[[], Awaitable[None]],
         discard: Callable[[tuple[str, ...]], Awaitable[None]],
         images_per_call: Callable[[str], int] = lambda provider: 1,  # noqa: ARG005 - a provider's name
+        fallback: FallbackRules | None = None,
+        companions: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
         """
         Args:
+            companions: what else goes on while this daemon claims; each may end by itself, and raises nothing.
             images_per_call: how many images one call of a provider makes, for jobs that have to be made again.
+            fallback: who takes over what waits for a provider in trouble; nobody when None.
             require_schema: raises SchemaVersionError when these applied migrations do not fit this program.
             ensure_rows: inserts the plans and queues of the settings that are missing.
             discard: deletes artifacts that nobody needs any more; must not raise.
@@ -100,6 +106,7 @@ class Supervisor:
         self._events = events
         self._engine = engine
         self._version = version
+        self._companions = companions
         self._require_schema = require_schema
         self._ensure_rows = ensure_rows
         self._stopping = asyncio.Event()
@@ -128,7 +135,7 @@ class Supervisor:
                 runner=runner,
                 events=events,
                 daemon_id=lambda: self.daemon_id,
-                on_lease_lost=self._heartbeat.beat_now,
+                on_lease_lost=self._heartbeat.beat_first,
                 until_lease_holds=self._until_it_may_claim,
                 keys=rules.keys,
             )
@@ -142,9 +149,9 @@ class Supervisor:
             poll=engine.poll,
             lease=engine.lease,
             daemon_id=lambda: self.daemon_id,
-            may_rescue=self._heartbeat.may_rescue,
             on_drain=self._drain,
             images_per_call=images_per_call,
+            fallback=fallback,
         )
 
     @property
@@ -213,6 +220,7 @@ class Supervisor:
         services = [asyncio.ensure_future(self._committer.run()), asyncio.ensure_future(self._heartbeat.run())]
         claiming = [asyncio.ensure_future(team.run()) for team in self._teams.values()]
         upkeep = asyncio.ensure_future(self._upkeep.run())
+        companions = [asyncio.ensure_future(run()) for run in self._companions]
         stop = asyncio.ensure_future(self._stopping.wait())
         try:
             done, _ = await asyncio.wait({*services, *claiming, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -220,6 +228,7 @@ class Supervisor:
                 service.result()  # none ends by itself: show why this one did
         finally:
             stop.cancel()
+            await _cancel(companions)
             await self._stop_in_order(claiming, upkeep, services)
 
     async def _reach_database(self, wait: bool) -> bool:
@@ -255,6 +264,7 @@ class Supervisor:
             was=self._heartbeat.daemon_id,
         )
         self._committer.daemon_id = daemon_id
+        self._upkeep.look()
         return daemon_id
 
     async def _stop_in_order(

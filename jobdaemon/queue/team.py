@@ -44,6 +44,7 @@ class Team:
         """
         Args:
             keys: aliases of the provider's keys that this daemon has; None where the provider knows no keys.
+            on_lease_lost: called when the database refuses a claim before the next heartbeat.
             until_lease_holds: returns once this daemon may claim: its heartbeat is recent, and no suspect has it for itself.
         """
         self.queue = queue
@@ -62,7 +63,9 @@ class Team:
         self._wake = asyncio.Event()
         self._wake.set()
         self._claiming: asyncio.Future[None] | None = None
-        self._attempts: dict[asyncio.Task[None], int] = {}
+        self._attempts: dict[asyncio.Task[None], Job] = {}
+        #: Of the claim that is under way: jobs (id, token) that it was given and that were handed back before its answer came.
+        self._disowned: set[tuple[int, int | None]] = set()
         #: When the loop last went round, by the event loop's clock; for the watchdog.
         self.last_turn_s = 0.0
 
@@ -72,8 +75,8 @@ class Team:
         return len(self._attempts)
 
     @property
-    def running_jobs(self) -> list[int]:
-        """Their jobs' ids."""
+    def running_jobs(self) -> list[Job]:
+        """Their jobs."""
         return list(self._attempts.values())
 
     def wake(self) -> None:
@@ -82,8 +85,8 @@ class Team:
 
     def abort(self, job_id: int) -> None:
         """Stop the attempt of this job, if it runs here and may be stopped; its end is committed as the fence decides."""
-        for task, running_id in self._attempts.items():
-            if running_id == job_id and self._rules.is_abortable:
+        for task, job in self._attempts.items():
+            if job.id == job_id and self._rules.is_abortable:
                 task.cancel()
 
     def abort_paid(self, reason: str) -> int:
@@ -93,6 +96,16 @@ class Team:
         for task in self._attempts:
             task.cancel(reason)
         return len(self._attempts)
+
+    def disown(self, job: Job) -> bool:
+        """
+        Give up a job that was claimed in this daemon's name, if no attempt here runs it: should the answer to the claim come
+        after all, it is not started any more.
+        """
+        if any(running.id == job.id for running in self._attempts.values()):
+            return False
+        self._disowned.add((job.id, job.token))
+        return True
 
     def steer(self, *, is_paused: bool, size: int | None) -> None:
         """Follow what operators set; a smaller team lets the surplus run out."""
@@ -141,6 +154,7 @@ class Team:
         self.wake()
 
     async def _claim(self, free: int) -> None:
+        self._disowned.clear()  # a new claim has a new token
         if self._keys is None:
             jobs = await self._store.claim(self.queue, self._daemon_id(), free)
         else:
@@ -148,7 +162,8 @@ class Team:
             jobs = claim.jobs
             self._ring_when_keys_open(claim.opens_in)
         for job in jobs:
-            self._start(job)
+            if (job.id, job.token) not in self._disowned:
+                self._start(job)
 
     def _ring_when_keys_open(self, opens_in: timedelta | None) -> None:
         """What keys hold back until a moment starts by the clock: no notification says so."""
@@ -160,7 +175,7 @@ class Team:
 
     def _start(self, job: Job) -> None:
         task = asyncio.get_running_loop().create_task(self._runner.run(job, self._rules), name=f"job {job.id}")
-        self._attempts[task] = job.id
+        self._attempts[task] = job
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -180,6 +195,8 @@ class Team:
         """
         if self._claiming is not None:
             await asyncio.wait({self._claiming}, timeout=_LAST_COMMIT_S)
+            # What it brings now nobody would run to its end: others take it up once this daemon has stopped.
+            self._claiming.cancel()
         self._ring_when_keys_open(None)
         cut = asyncio.ensure_future(cut_short.wait())
         loop = asyncio.get_running_loop()

@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 from jobdaemon.domain.expand import writes_when_dead
+from jobdaemon.domain.fallback import FallbackRules, moved_sentence, stranded
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import MAX_DEATHS, after_death
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, UpkeepFailed
+from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, ProviderChanged, UpkeepFailed
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, PostgresJobStore
 from jobdaemon.queue.team import Team
@@ -33,6 +35,11 @@ _RECONCILE_EVERY = 6
 _RECONCILE_LIMIT = 200
 #: And mends so many of them: each is locked meanwhile.
 _MEND_LIMIT = 50
+#: A round waits no longer for what it wants committed: somebody may hold an order for hours.
+_COMMIT_PATIENCE_S = 5.0
+#: Batches behind an open circuit are sent on so many at a time, and so many times a round.
+_MOVE_LIMIT = 100
+_MOVES_PER_ROUND = 20
 #: Timers ring a little early; asking again too soon would find the job still not due.
 _TIMER_SLACK_S = 0.002
 
@@ -50,16 +57,16 @@ class Upkeep:
         poll: timedelta,
         lease: timedelta,
         daemon_id: Callable[[], int],
-        may_rescue: Callable[[], bool],
         on_drain: Callable[[bool], None],
         images_per_call: Callable[[str], int],
+        fallback: FallbackRules | None = None,
     ) -> None:
         """
         Args:
             images_per_call: of a provider, by its name.
+            fallback: who takes over what waits for a provider in trouble; nobody when None.
             on_drain: told at each look whether this daemon is to claim nothing more.
             daemon_id: this daemon's, at the moment.
-            may_rescue: whether this daemon may judge others by their silence.
         """
         self._store = store
         self._teams = teams
@@ -68,12 +75,17 @@ class Upkeep:
         self._poll_s = poll.total_seconds()
         self._lease = lease
         self._daemon_id = daemon_id
-        self._may_rescue = may_rescue
         self._on_drain = on_drain
         self._new_team_sizes: dict[str, int] | None = None
-        #: Jobs (id, token) that are ours by the last look though no attempt of ours runs them.
+        #: Jobs (id, token) that were ours by the last look though no attempt of ours ran them.
         self._strays: set[tuple[int, int | None]] = set()
+        #: Jobs (id, token) without a daemon, and since when.
+        self._ownerless: dict[tuple[int, int | None], float] = {}
+        #: Of jobs (id, token) that nobody runs, the ends that are not committed yet.
+        self._ends: dict[tuple[int, int | None], asyncio.Future[Verdict]] = {}
+        self._must_look = False
         self._images_per_call = images_per_call
+        self._fallback = fallback or FallbackRules()
         self._polls = 0
         #: Open orders that were out of line at the last look, and up to which id the open ones were looked at.
         self._stray_orders: set[int] = set()
@@ -104,14 +116,27 @@ class Upkeep:
         self._queues_changed = True
         self._now.set()
 
+    def look(self) -> None:
+        """Look now: this daemon has a new id, and what it runs has to come along."""
+        self._must_look = True
+        self._now.set()
+
     async def run(self) -> None:
         """Do rounds until cancelled."""
+        try:
+            await self._run()
+        finally:
+            for end in self._ends.values():
+                end.cancel()
+
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         next_poll = loop.time()
         while True:
             self.last_turn_s = now = loop.time()
-            is_poll = now >= next_poll
+            is_poll = now >= next_poll or self._must_look
             if is_poll:
+                self._must_look = False
                 next_poll = now + self._poll_s * (1 - _JITTER * random.random())
             try:
                 await self._round(is_poll)
@@ -152,9 +177,11 @@ class Upkeep:
                 raise
         if is_poll:
             await self._rescue()
+            await self._fall_back()
             self._polls += 1
             if self._polls % _RECONCILE_EVERY == 0:
                 await self._reconcile()
+                await self._store.abandon_calls(_RECONCILE_LIMIT)
 
     async def _lift(self) -> None:
         count = await self._store.lift_orders(_LIFT_LIMIT)
@@ -188,15 +215,39 @@ class Upkeep:
 
     async def _rescue(self) -> None:
         daemon_id = self._daemon_id()
-        running = [job_id for team in self._teams.values() for job_id in team.running_jobs]
-        lost = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
-        dead = [(job, owner) for job, owner in lost if owner != daemon_id]
-        company = Counter(owner for _, owner in dead)
-        await self._commit_ends([(await self._rescued(job, owner, company[owner] == 1), owner) for job, owner in dead])
-        # Seen twice, it is no claim whose answer is still on its way.
+        running = [job.id for team in self._teams.values() for job in team.running_jobs]
+        lost = [
+            (job, owner)
+            for job, owner in await self._store.lost_jobs(daemon_id, running, lease=self._lease)
+            if (job.id, job.token) not in self._ends
+        ]
+        # Before anything else is awaited: the answer to a claim comes before this, and the job runs, or after it, and is dropped.
         strays = {(job.id, job.token): job for job, owner in lost if owner == daemon_id}
-        await self._commit_ends([(_stray(job), daemon_id) for key, job in strays.items() if key in self._strays])
+        # Not at the first look: most answers are on their way for an instant.
+        given_up = [job for key, job in strays.items() if key in self._strays and self._disown(job)]
         self._strays = set(strays)
+        dead: list[tuple[Job, int | None]] = [(job, owner) for job, owner in lost if owner not in (None, daemon_id)]
+        dead += [(job, None) for job in await self._take_in([job for job, owner in lost if owner is None])]
+        company = Counter(owner for _, owner in dead)
+        ends = [(await self._rescued(job, owner, company[owner] == 1), owner) for job, owner in dead]
+        await self._commit_ends([*ends, *((_stray(job), daemon_id) for job in given_up)])
+
+    async def _take_in(self, ownerless: list[Job]) -> list[Job]:
+        """
+        Somebody removed the row of the daemon that runs these. It needs a heartbeat to notice, and takes them along under its new
+        id, as we do here; those that have been nobody's for a whole lease are lost.
+        """
+        now = asyncio.get_running_loop().time()
+        ours = {job.id: job.token for team in self._teams.values() for job in team.running_jobs}
+        if own := [job for job in ownerless if job.id in ours and ours[job.id] == job.token]:
+            await self._store.adopt_jobs(self._daemon_id(), own)
+        others = {(job.id, job.token): job for job in ownerless if job.id not in ours}
+        self._ownerless = {key: self._ownerless.get(key, now) for key in others}
+        return [job for key, job in others.items() if now - self._ownerless[key] >= self._lease.total_seconds()]
+
+    def _disown(self, job: Job) -> bool:
+        team = self._teams.get(job.queue)
+        return team is None or team.disown(job)
 
     async def _reconcile(self) -> None:
         """Mend what was out of line at the last look already: an operator may be in the middle of something."""
@@ -212,6 +263,23 @@ class Upkeep:
         self._looked_at = max(looked) if len(looked) == _RECONCILE_LIMIT else 0
         self._stray_orders.update(order_id for order_id, is_stray in looked.items() if is_stray)
 
+    async def _fall_back(self) -> None:
+        """Send on what waits for providers that have been in trouble for too long."""
+        rules = self._fallback
+        if not rules.is_any:
+            return
+        providers, avoid = stranded(await self._store.troubled_providers(rules.after))
+        for provider, reason in providers.items():
+            skip = 0
+            for _ in range(_MOVES_PER_ROUND):
+                look = await self._store.move_waiting(provider, rules, avoid=avoid, reason=reason, skip=skip, limit=_MOVE_LIMIT)
+                for batch in look.moved:
+                    told = moved_sentence(provider, batch.provider, reason)
+                    self._events.emit(ProviderChanged(batch.order_id, batch.job_id, provider, batch.provider, reason=told))
+                skip += look.seen - len(look.moved)
+                if look.seen < _MOVE_LIMIT:
+                    break
+
     async def _rescued(self, job: Job, owner: int | None, ran_alone: bool) -> Transition:
         other_deaths = 0
         if job.deaths + 1 >= MAX_DEATHS:
@@ -222,13 +290,21 @@ class Upkeep:
         return replace(transition, ran_by=owner)
 
     async def _commit_ends(self, ends: list[tuple[Transition, int | None]]) -> None:
-        verdicts = await asyncio.gather(*(self._committer.commit(transition) for transition, _ in ends))
-        count_by_daemon: dict[int | None, int] = {}
-        for (_, daemon_id), verdict in zip(ends, verdicts, strict=True):
-            if verdict is not Verdict.LEASE_LOST:
-                count_by_daemon[daemon_id] = count_by_daemon.get(daemon_id, 0) + 1
+        commits: dict[asyncio.Future[Verdict], int | None] = {}
+        for transition, owner in ends:
+            key = (transition.job.id, transition.job.token)
+            self._ends[key] = end = asyncio.ensure_future(self._committer.commit(transition))
+            end.add_done_callback(partial(self._ended, key))
+            commits[end] = owner
+        if not commits:
+            return
+        done, _ = await asyncio.wait(commits, timeout=_COMMIT_PATIENCE_S)
+        count_by_daemon = Counter(commits[end] for end in done if end.result() is not Verdict.LEASE_LOST)
         for daemon_id, count in count_by_daemon.items():
             self._events.emit(JobsRescued(count=count, daemon_id=daemon_id or ""))
+
+    def _ended(self, key: tuple[int, int | None], _end: asyncio.Future[Verdict]) -> None:
+        del self._ends[key]
 
 
 def _stray(job: Job) -> Transition:

@@ -7,6 +7,9 @@ The sandbox: a provider on this machine that costs nothing, and the referee of w
     files.py     serves what was bought
     openai_images.py  OpenAI's image API
     dashscope.py  DashScope's image API; dashscope_uploads.py  its uploads
+    jimeng.py, jimeng_wishes.py, volc_signature.py  Volcengine Jimeng
+    superbed.py  Superbed, where photos are put for APIs that fetch them
+    fetching.py  the fetching of such photos
     server.py    all of it behind HTTP on the loopback interface
 
 Knows nothing of databases or settings: what it judges it is told by the calls themselves and by whoever changes limits and

@@ -18,7 +18,6 @@ import asyncio
 import base64
 import binascii
 import hashlib
-import io
 import itertools
 import math
 import re
@@ -30,10 +29,10 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 from aiohttp import web
-from PIL import Image
 
 from jobdaemon.sandbox.dashscope_uploads import Uploads
 from jobdaemon.sandbox.faults import CALL_FAULTS, TASK_FAULTS, Fault
+from jobdaemon.sandbox.fetching import UnfetchableError, fetched, is_near, picture_size
 from jobdaemon.sandbox.shop import Shop, prompt_digest
 
 API = "dashscope"
@@ -42,6 +41,7 @@ _POLL_FAULTS = frozenset({Fault.RATE_LIMITED, Fault.ERROR, Fault.RESET, Fault.HT
 #: Its times carry no zone.
 _BEIJING = timezone(timedelta(hours=8))
 _MAX_PHOTO_BYTES, _MAX_PHOTOS = 10 * 1024 * 1024, 3
+_MAX_FETCHED_BYTES = 50 * 1024 * 1024
 _MAX_TASKS = 5_000
 _DATA_URL = re.compile(r"data:image/(?:jpeg|jpg|png|bmp|webp);base64,(.*)", re.DOTALL)
 _SIZE = re.compile(r"([1-9]\d{1,4})\*([1-9]\d{1,4})")
@@ -57,6 +57,7 @@ class _Model:
         max_images, images: most of one call, and how many when the call does not say.
         pixels: fewest and most of an image.
         letters: whether sizes may be 1K, 2K, 4K.
+        sides: fewest and most pixels of a photo's side.
     """
 
     groups: tuple[str, ...]
@@ -64,24 +65,26 @@ class _Model:
     images: int = 4
     pixels: tuple[int, int] = (1, 4096**2)
     letters: bool = False
+    sides: tuple[int, int] = (1, 30_000)
 
 
 _TEXT = _Model(("text2image",))
 _BOTH = ("image-generation", "multimodal-generation")
-_DIRECT = _Model(("multimodal-generation",), max_images=6, images=1)
-_ONE = _Model(("multimodal-generation",), max_images=1, images=1)
+_QWEN_SIDES = (384, 3072)
+_DIRECT = _Model(("multimodal-generation",), max_images=6, images=1, sides=_QWEN_SIDES)
+_ONE = _Model(("multimodal-generation",), max_images=1, images=1, sides=_QWEN_SIDES)
 _MODELS: Mapping[str, _Model] = {
-    "wan2.5-i2i": _Model(("image2image",), pixels=(768**2, 1280**2)),
+    "wan2.5-i2i": _Model(("image2image",), pixels=(768**2, 1280**2), sides=(384, 5000)),
     "wanx2.1-imageedit": _Model(("image2image",)),
-    "wan2.6-image": _Model(_BOTH, letters=True),
-    "wan2.7-image": _Model(_BOTH, letters=True),
+    "wan2.6-image": _Model(_BOTH, letters=True, sides=(240, 8000)),
+    "wan2.7-image": _Model(_BOTH, letters=True, sides=(240, 8000)),
     "wan2.6-t2i": _Model(_BOTH, pixels=(1280**2, 1440**2)),
     "wan2.5-t2i": _Model(("text2image",), pixels=(1280**2, 1440**2)),
     "wan2.2-t2i": _TEXT,
     "wanx2.1-t2i": _TEXT,
     "wanx2.0-t2i": _TEXT,
     "wanx-v1": _TEXT,
-    "qwen-image-3.0": _Model(_BOTH, max_images=6, images=1),
+    "qwen-image-3.0": _Model(_BOTH, max_images=6, images=1, sides=_QWEN_SIDES),
     "qwen-image-2.0": _DIRECT,
     "qwen-image-edit-max": _DIRECT,
     "qwen-image-edit-plus": _DIRECT,
@@ -476,7 +479,7 @@ async def _read(request: web.Request, uploads: Uploads) -> _Wish:
     # Without the header an uploaded file's name is a URL that nobody can open.
     resolves = request.headers.get("X-DashScope-OssResourceResolve", "").lower() == "enable"
     for photo in photos:
-        _judge_photo(photo, uploads if resolves else Uploads())
+        await _judge_photo(photo, uploads if resolves else Uploads(), model.sides)
     count = parameters.get("n", model.images)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= model.max_images:
         raise _wrong(f"num_images_per_prompt must be 1 to {model.max_images}.")
@@ -513,22 +516,35 @@ def _messages(content: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
     return texts[0], [part["image"] for part in parts if "image" in part]
 
 
-def _judge_photo(photo: object, uploads: Uploads) -> None:
+async def _judge_photo(photo: object, uploads: Uploads, sides: tuple[int, int]) -> None:
     if not isinstance(photo, str) or not photo:
         raise _wrong("image must be a URL or base64.")
-    if photo.startswith(("https://", "http://")) or uploads.has(photo):
-        return  # who asks for it would find out; here nobody fetches
-    encoded = _DATA_URL.fullmatch(photo)
-    if encoded is None:
-        raise ApiError(400, "InvalidURL", "The provided URL does not appear to be valid.")
     try:
-        content = base64.b64decode(encoded[1], validate=True)
-        with Image.open(io.BytesIO(content)):
-            pass
-    except (binascii.Error, OSError, ValueError) as error:
+        if uploads.has(photo):
+            return  # its bytes were dropped
+        if photo.startswith(("https://", "http://")):
+            if not is_near(photo):
+                return  # who asks for it would find out; here nobody does
+            content = await fetched(photo, max_bytes=_MAX_FETCHED_BYTES)
+        else:
+            content = _decoded(photo)
+        width, height = picture_size(content)
+    except UnfetchableError as error:
         raise ApiError(400, "InvalidParameter.FileDownload", "The image format is illegal and cannot be opened.") from error
     if len(content) > _MAX_PHOTO_BYTES:
         raise _wrong("The image is larger than 10 MB.")
+    if min(width, height) < sides[0] or max(width, height) > sides[1]:
+        raise _wrong(f"The image has {width} * {height} pixels; each side must have {sides[0]} to {sides[1]}.")
+
+
+def _decoded(data_url: str) -> bytes:
+    encoded = _DATA_URL.fullmatch(data_url)
+    if encoded is None:
+        raise ApiError(400, "InvalidURL", "The provided URL does not appear to be valid.")
+    try:
+        return base64.b64decode(encoded[1], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UnfetchableError("no base64") from error
 
 
 def _size(text: object, model: _Model) -> tuple[int, int] | None:

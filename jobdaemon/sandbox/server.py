@@ -30,7 +30,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from jobdaemon.errors import SettingsError
-from jobdaemon.sandbox import comfyui, dashscope, files, openai_images
+from jobdaemon.sandbox import comfyui, dashscope, files, jimeng, openai_images, superbed
 from jobdaemon.sandbox.faults import SLOW_FACTOR, Fault
 from jobdaemon.sandbox.referee import Call, Referee
 from jobdaemon.sandbox.shop import Behaviour, Shop
@@ -44,6 +44,8 @@ _APIS: tuple[Callable[[Shop], list[web.RouteDef]], ...] = (
     openai_images.routes,
     comfyui.routes,
     dashscope.routes,
+    jimeng.routes,
+    superbed.routes,
 )
 #: A provider that is full names no time; a second is what most say.
 _RETRY_AFTER_FULL_S = 1

@@ -12,9 +12,12 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import replace
 
 from jobdaemon.domain.artifact import Artifact, generated_key
 from jobdaemon.domain.expand import upload_job
+from jobdaemon.domain.fallback import FallbackRules, Move, Settle
+from jobdaemon.domain.job import provider_of
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
 from jobdaemon.errors import InvalidOrderError, ProviderUnavailableError, StoreUnavailableError, UnsupportedFeatureError
@@ -41,12 +44,23 @@ class GenerateStage:
     """One job per batch."""
 
     def __init__(
-        self, *, orders: OrderReader, store: ArtifactStore, providers: Mapping[str, Provider], max_photo_bytes: int
+        self,
+        *,
+        orders: OrderReader,
+        store: ArtifactStore,
+        providers: Mapping[str, Provider],
+        max_photo_bytes: int,
+        fallback: FallbackRules | None = None,
     ) -> None:
+        """
+        Args:
+            fallback: who is asked when a provider has failed to the last attempt; nobody when None.
+        """
         self._orders = orders
         self._store = store
         self._providers = providers
         self._max_photo_bytes = max_photo_bytes
+        self._fallback = fallback or FallbackRules()
 
     async def run(self, attempt: Attempt) -> Done:
         """Raises what the provider raises, and ProviderUnavailableError when it left out an image without a word."""
@@ -54,16 +68,20 @@ class GenerateStage:
         order = await self._orders.load_order(job.args["order_id"])
         if order is None or order.beautified is None:
             raise InvalidOrderError(f"order {job.args['order_id']} has no beautified photo")
-        provider = self._provider(job.queue.removeprefix("generate."))
+        provider = self._provider(provider_of(job.queue))
         rows = await self._orders.load_images(order.id)
         wanted = set(job.args["images"])
         missing = {row.index: row.prompt for row in rows if row.index in wanted and row.status == "pending"}
         if not missing:
             return Done()
         call = CallRecord(attempt, provider, order.id, key=job.key_alias)
+        move = self._fallback.move(order.plan, order.provider, provider.name)
+        attempt.if_given_up(lambda: None if move is None else self._instead(move, attempt, call))
         request = await call.find(self._orders, self._request(order, order.beautified, rows, missing, key=job.key_alias))
         last: tuple[Write, ...] = ()
         try:
+            if move is not None and attempt.is_spent:
+                await call.settle()
             async with Arrivals(attempt) as arrivals:
                 async with aclosing(provider.generate(request)) as events:
                     async for event in events:
@@ -89,6 +107,14 @@ class GenerateStage:
         if provider is None:
             raise UnsupportedFeatureError(f"this daemon knows no provider {name}")
         return provider
+
+    def _instead(self, move: Move, attempt: Attempt, call: CallRecord) -> Move | Settle:
+        if not call.is_owed:
+            return move
+        if attempt.is_spent and provider_of(attempt.job.queue) in self._fallback.unpaid:
+            # It was asked and did not say; waiting longer would save no money.
+            return replace(move, writes=call.ends("cancelled"))
+        return Settle()
 
     def _request(
         self, order: OrderRow, photo: Artifact, rows: Sequence[ImageRow], missing: Mapping[int, str], *, key: str | None

@@ -14,8 +14,18 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Write
-from jobdaemon.errors import AnswerLostError, JobdaemonError, LeaseLostError, PermanentError, ProviderRefusedError
+from jobdaemon.errors import (
+    AnswerLostError,
+    JobdaemonError,
+    LeaseLostError,
+    OrderEndedError,
+    PermanentError,
+    ProviderRefusedError,
+    RetryableError,
+)
 from jobdaemon.ports import Attempt, GenerateRequest, OrderReader, Provider, ProviderCall, Submitting, TaskAccepted, TaskOver
+
+_Outcome = Literal["succeeded", "partial", "failed", "unknown", "cancelled"]
 
 
 class CallRecord:
@@ -32,6 +42,7 @@ class CallRecord:
         self._is_collected = False
         self._is_open = False
         self._has_task = False
+        self._may_buy = True
 
     async def find(self, orders: OrderReader, request: GenerateRequest) -> GenerateRequest:
         """
@@ -77,8 +88,11 @@ class CallRecord:
 
         Raises:
             LeaseLostError: the job or its order is not ours any more; a task whose id is noted nowhere is given up.
+            RetryableError: something is to be bought after :meth:`settle`.
         """
         match event:
+            case Submitting() if not self._may_buy:
+                raise self._out_of_attempts()
             case Submitting():
                 if self._is_open:
                     # One call after another, or a task that is not asked for any more: what came before gives nothing more.
@@ -90,9 +104,10 @@ class CallRecord:
                         await self._attempt.checkpoint(CallAccepted(self._order_id, self._attempt.job.id, event.task_id))
                     else:
                         await self._submitted(event.task_id, images)
-                except LeaseLostError:
-                    # An id that was noted before the submit is known to whoever has the job now, and may be waited for.
-                    if not self._has_task:
+                except LeaseLostError as error:
+                    # An id that was noted before the submit is known to whoever has the job now, and may be waited for; the task
+                    # of an order that has ended may have been looked for in vain before it was there.
+                    if not self._has_task or isinstance(error, OrderEndedError):
                         await self._give_up(event.task_id, images)
                     raise
                 self._has_task = True
@@ -114,11 +129,33 @@ class CallRecord:
         except JobdaemonError:
             return  # as good as it gets: the lease is lost
 
-    def ends(self, outcome: Literal["succeeded", "partial", "failed", "unknown"]) -> tuple[Write, ...]:
+    @property
+    def is_owed(self) -> bool:
+        """Whether the provider may still give something for what it took."""
+        return self._is_open or self._is_collected
+
+    async def settle(self) -> None:
+        """
+        All attempts are spent and somebody else is to be asked: stop the call, or leave it to be collected now; buy nothing more.
+
+        Raises:
+            RetryableError: nothing more will come of it, or it cannot be said now.
+        """
+        self._may_buy = False
+        if self.resumed is not None:
+            if self._is_collected or not await self._provider.cancel(self.resumed):
+                return  # it is over, or cannot be stopped: what it made is used
+            await self.close("cancelled")
+        raise self._out_of_attempts()
+
+    def _out_of_attempts(self) -> RetryableError:
+        return RetryableError(f"{self._provider.name} made no more of these images in all attempts")
+
+    def ends(self, outcome: _Outcome) -> tuple[Write, ...]:
         """What closes the call, for the attempt's own end."""
         return (CallEnded(self._order_id, self._attempt.job.id, outcome),) if self._is_open else ()
 
-    async def close(self, outcome: Literal["succeeded", "partial", "failed", "unknown"]) -> None:
+    async def close(self, outcome: _Outcome) -> None:
         """Close the call now: a later attempt buys anew."""
         if self._is_collected and self.resumed is not None:
             await self._attempt.checkpoint(CallEnded(self._order_id, self._attempt.job.id, "expired", self.resumed.id))

@@ -34,6 +34,8 @@ CACHE_CONTROL = "public, max-age=31536000, immutable"
 MIN_RATE_LIMIT_WAIT = timedelta(seconds=1)
 #: A longer ``Retry-After`` is not believed: it is the store's guess, not an appointment.
 MAX_RATE_LIMIT_WAIT = timedelta(hours=1)
+#: S3's own bound of a signed URL.
+MAX_SIGNED_LIFETIME = timedelta(days=7)
 
 _READ_BYTES = 1 << 18
 _PRECONDITION_FAILED = 412
@@ -183,6 +185,22 @@ class R2Store:
         """The public URL of *key*, or None without a public host."""
         object_key = self._object_key(key)
         return None if self._public_url is None else f"{self._public_url}/{quote(object_key, safe='/-_.~')}"
+
+    async def signed_url(self, key: str, lifetime: timedelta) -> str:
+        """
+        A URL with which anybody can get *key* for *lifetime*; made here, without asking whether the key is there.
+
+        Args:
+            lifetime: up to seven days, the most that such a signature may last.
+
+        Raises:
+            StoreRefusedError: a bad key.
+        """
+        object_key = self._object_key(key)
+        seconds = max(1, int(min(lifetime, MAX_SIGNED_LIFETIME).total_seconds()))
+        async with self._calling(object_key) as client:
+            place = {"Bucket": self._bucket, "Key": object_key}
+            return await client.generate_presigned_url("get_object", Params=place, ExpiresIn=seconds)
 
     async def check(self) -> None:
         """

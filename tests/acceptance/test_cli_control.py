@@ -94,6 +94,29 @@ def test_keys_are_shown_paused_and_resumed(cli: Cli, sql: Sql) -> None:
     assert (result.exit_code, result.stderr) == (1, 'Unknown key "two" of provider "painter".\n')
 
 
+def test_the_cache_is_shown_and_cleared(cli: Cli, sql: Sql) -> None:
+    """The listing has the view's columns; clear says how many images it gave up, of what was named."""
+    assert cli("cache").stdout == "The cache is empty.\n"
+    assert json.loads(cli("cache", "--json").stdout) == []
+    sql.execute(
+        "INSERT INTO jobdaemon.cache"
+        " (key, provider, order_id, index, claimed_at, claimed_until, made_at, copied_at, artifact, bytes)"
+        " SELECT repeat(n::text, 64), 'painter', n, 1, now(), now(), now(), now(), 'cache/' || n, 500"
+        " FROM generate_series(1, 3) n"
+    )
+    sql.execute("SELECT jobdaemon.count_cache('painter', 1, 2)")
+    [row] = json.loads(cli("cache", "--json").stdout)
+    assert row == {"provider": "painter", "entries": 3, "bytes": 1500, "hits": 1, "misses": 2, "hit_rate": 0.3333}
+    assert cli("cache").stdout.splitlines()[1].split()[:2] == ["painter", "3"]
+    for arguments, told in (
+        (["nobody"], "The cache gave up 0 images.\n"),
+        (["painter", "--order", 2], "The cache gave up 1 image.\n"),
+        ([], "The cache gave up 2 images.\n"),
+    ):
+        result = cli("cache", "clear", *arguments)
+        assert (result.exit_code, result.stdout) == (0, told), result.stderr
+
+
 def test_a_queue_nobody_serves_is_changed_with_a_warning(cli: Cli) -> None:
     """What nobody serves now may be served later: the change is made, and the answer says so."""
     result = cli("resize", "upload", 0)

@@ -47,7 +47,7 @@ from jobdaemon.sandbox.shop import Shop
 from tests.daemons import until
 
 #: The key (or the secret half of it) that every factory gives its provider.
-SECRET = "sk-conformance-0123456789abcdef"
+SECRET = "SK-conformance-0123456789abcdef=="
 #: What every factory sets as the bound of one image.
 MAX_IMAGE_BYTES = 1024 * 1024
 #: What all of one call may send at most before it is given up; the endless server has 2 GB to give.
@@ -152,7 +152,8 @@ def indexes(request: GenerateRequest) -> list[int]:
 
 def _photo() -> bytes:
     out = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").save(out, "PNG")
+    # No smaller than the pickiest model takes.
+    Image.linear_gradient("L").convert("RGB").resize((384, 384)).save(out, "PNG")
     return out.getvalue()
 
 

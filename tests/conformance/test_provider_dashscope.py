@@ -60,7 +60,8 @@ SIGNED = "https://results.example/1.png?Expires=1&Signature=abcdef"
 
 def photo() -> bytes:
     out = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").save(out, "PNG")
+    # No smaller than the pickiest model takes.
+    Image.linear_gradient("L").convert("RGB").resize((384, 384)).save(out, "PNG")
     return out.getvalue()
 
 

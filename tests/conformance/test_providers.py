@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from pydantic import SecretStr
 
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import Provider
@@ -22,6 +23,9 @@ from tests.conformance.provider_promises import (
     Make,
     Service,
 )
+
+#: How often a task is asked for, and how long.
+_POLL, _PATIENCE = timedelta(milliseconds=5), timedelta(seconds=5)
 
 
 def _local(_bench: Bench) -> Provider:
@@ -70,6 +74,37 @@ def _dashscope(model: str) -> Make:
     return make
 
 
+def _jimeng(bench: Bench) -> Provider:
+    """The newest model, which gets the photo from Superbed and gives links."""
+    from jobdaemon.providers.jimeng import JimengProvider, KeyPair
+    from jobdaemon.providers.photo_links import SuperbedLinks, one_at_a_time
+    from jobdaemon.settings_generate import JimengSettings, SuperbedSettings
+
+    superbed = SuperbedSettings(url=f"{bench.url}/superbed/upload", token=SecretStr(SECRET))
+    return JimengProvider(
+        JimengSettings(base_url=bench.url, photo="superbed", poll=_POLL, task_timeout=_PATIENCE),
+        keys={"default": KeyPair(f"AK{SECRET[2:-2]}", SECRET)},
+        client=bench.client,
+        links=one_at_a_time(SuperbedLinks(superbed, bench.client)),
+        max_image_bytes=MAX_IMAGE_BYTES,
+    )
+
+
+def _jimeng_inline(bench: Bench) -> Provider:
+    """An older model, whose photos and images travel in the requests."""
+    from jobdaemon.providers.jimeng import JimengProvider, KeyPair
+    from jobdaemon.providers.photo_links import InlineLinks
+    from jobdaemon.settings_generate import JimengSettings
+
+    return JimengProvider(
+        JimengSettings(base_url=bench.url, req_key="jimeng_i2i_v30", photo="inline", poll=_POLL, task_timeout=_PATIENCE),
+        keys={"default": KeyPair(f"AK{SECRET[2:-2]}", SECRET)},
+        client=bench.client,
+        links=InlineLinks(),
+        max_image_bytes=MAX_IMAGE_BYTES,
+    )
+
+
 #: Providers that call a service; one line each.
 SERVICES: Mapping[str, Make] = {
     "openai_images": _openai_images,
@@ -77,6 +112,8 @@ SERVICES: Mapping[str, Make] = {
     "dashscope": _dashscope("wan2.5-i2i-preview"),
     "dashscope, messages": _dashscope("wan2.6-image"),
     "dashscope, no tasks": _dashscope("qwen-image-edit-plus"),
+    "jimeng": _jimeng,
+    "jimeng, inline": _jimeng_inline,
 }
 PROVIDERS: Mapping[str, Make] = {"local": _local, **SERVICES}
 

@@ -94,7 +94,7 @@ class RefJob:
     worker: int | None = None
     image: str = "pending"
     is_cancelled: bool = False
-    is_forfeit: bool = False  # since the claim its daemon was silent beyond its lease
+    is_forfeit: bool = False  # its daemon is silent beyond its lease
 
 
 @dataclass(slots=True)
@@ -124,8 +124,8 @@ class Reference:
             return Verdict.LEASE_LOST
         if job.status != "doing":
             return Verdict.LEASE_LOST if end is End.CHECKPOINT else Verdict.ACCEPTED
-        if end is End.INTERRUPTED:
-            assert job.is_forfeit, "a job was taken from a daemon that beats"
+        if end is End.INTERRUPTED and not job.is_forfeit:
+            return Verdict.LEASE_LOST
         if end is End.CHECKPOINT:
             if job.is_cancelled:
                 return Verdict.ORDER_ENDED
@@ -250,8 +250,10 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(number=numbers)
     def beat(self, number: int) -> None:
         daemon = self.daemons[number % 3]
-        assert self.run_(self.bench.store.heartbeat(daemon, timeout=timedelta(seconds=5)))
+        assert self.run_(self.bench.store.heartbeat(daemon, lease=LEASE, timeout=timedelta(seconds=5)))
         self.silent.discard(daemon)
+        for job in self.reference.jobs.values():
+            job.is_forfeit &= job.worker != daemon
 
     @precondition(lambda self: any(job.status == "doing" for job in self.reference.jobs.values()))
     @rule(number=numbers)
@@ -265,14 +267,20 @@ class EngineMachine(RuleBasedStateMachine):
         for job in self.reference.jobs.values():
             job.is_forfeit |= job.worker == daemon and job.status == "doing"
 
-    @rule(number=numbers, is_prompt=st.booleans())
-    def look(self, number: int, is_prompt: bool) -> None:
+    @rule(number=numbers, is_steady=st.booleans(), is_prompt=st.booleans())
+    def look(self, number: int, is_steady: bool, is_prompt: bool) -> None:
         """A look finds the jobs of silent daemons, and of none that beats; what it found is rescued now or later."""
         daemon = self._beaten(number)
+        self.bench.sql.execute(
+            "UPDATE jobdaemon.procrastinate_workers SET steady_since = now() - %s * interval '1 minute' WHERE id = %s",
+            [1.1 if is_steady else 0.9, daemon],
+        )
         mine = [job_id for job_id, job in self.reference.jobs.items() if job.worker == daemon and job.status == "doing"]
         lost = self.run_(self.bench.store.lost_jobs(daemon, mine, lease=LEASE))
         assert {job.id for job, _ in lost} == {
-            job_id for job_id, job in self.reference.jobs.items() if job.status == "doing" and job.worker in self.silent
+            job_id
+            for job_id, job in self.reference.jobs.items()
+            if is_steady and job.status == "doing" and job.worker in self.silent
         }
         self.found += [job for job, _ in lost]
         if is_prompt:

@@ -159,6 +159,89 @@ def test_far_behind_a_capped_customer_too(
             held.update(ready.pop(job_id).customer for job_id in picked)
 
 
+BLOCKS = st.lists(
+    st.tuples(
+        st.integers(1, 120),  # jobs
+        st.sampled_from(
+            [(0, 1), (1, 1), (2, 1), (1, 4), (3, 6), (10, 20), (10, 40)]
+        ),  # whose: from this one on so many take turns
+        st.sampled_from([LIFTED_PRIORITY, TOP, TOP, TOP, 100]),
+        st.booleans(),  # their orders are as old as the first, or younger than all before
+        st.sampled_from([None, None, None, "x"]),  # every third job has this lock
+    ),
+    min_size=2,
+    max_size=6,
+)
+
+
+@pytest.fixture(scope="module")
+def neighbours(board: Sql) -> list[str]:
+    """'' and 50 customers of two lanes, so that each stands in the way of others: 30 of one, then 20 of the other."""
+    lanes = [
+        board.execute(
+            "SELECT 'c' || n AS name FROM generate_series(1, 5000) AS n"
+            " WHERE hashtext(('c' || n) COLLATE \"C\") & 63 = %s LIMIT %s",
+            lane,
+        ).fetchall()
+        for lane in ([63, 30], [0, 20])
+    ]
+    return ["", *(row["name"] for rows in lanes for row in rows)]
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    blocks=BLOCKS,
+    running=st.lists(st.sampled_from([1, 1, 1, 1, 2, 3, 12]), max_size=8),
+    fair_share=st.integers(1, 4) | st.sampled_from([50, None]),
+    rounds=st.lists(st.tuples(st.integers(1, 8) | st.just(40), st.integers(0, 20)), min_size=1, max_size=3),
+)
+@example(  # as many customers of one lane as slots, behind one of that lane who has had the share
+    blocks=[(120, (1, 1), TOP, False, None), (120, (10, 20), TOP, False, None)], running=[1], fair_share=1, rounds=[(8, 0)]
+)
+def test_long_queues_of_many_customers(
+    board: Sql,
+    neighbours: list[str],
+    blocks: list[tuple[int, tuple[int, int], int, bool, str | None]],
+    running: list[int],
+    fair_share: int | None,
+    rounds: list[tuple[int, int]],
+) -> None:
+    """Whatever blocks of work wait, of one customer or of many, of nobody, lifted or locked, the claim picks as the model."""
+    jobs = [ReadyJob(number, TOP, None, neighbours[customer]) for number, customer in enumerate(running, start=1)]
+    for size, (first, count), priority, is_old, lock in blocks:
+        oldest = 1 if is_old else len(jobs)
+        for place in range(size):
+            customer = neighbours[first + place * 7 % count]
+            job_lock = lock if place % 3 == 0 else None
+            jobs.append(ReadyJob(len(jobs) + 1, priority, oldest + place // 3, customer, job_lock))
+    busy = {job.id: job for job in jobs[: len(running)]}
+    ready = {job.id: job for job in jobs[len(running) :]}
+    passed = 0
+    with board.transaction(force_rollback=True):
+        share(board, fair_share)
+        put(board, jobs)
+        started = set(busy)
+        for slots, ends in rounds:
+            board.execute(
+                "UPDATE jobdaemon.procrastinate_jobs SET status = 'doing', worker_id = NULL WHERE id = ANY (%s)", [list(started)]
+            )
+            locks = {job.lock for job in busy.values() if job.lock}
+            free = [job for job in ready.values() if job.lock not in locks]
+            held = Counter(job.customer for job in busy.values())
+            if fair_share is None and not any(job.is_lifted for job in ready.values()):
+                free = sorted(free, key=ReadyJob.claim_order)[:slots]
+            wanted = pick(free, slots, running=held, fair_share=fair_share, top=TOP, passed=passed)
+            started = sql_pick(board, slots)
+            assert started == set(wanted.ids)
+            passed = wanted.passed
+            assert passed_in(board) == passed
+            busy |= {job_id: ready.pop(job_id) for job_id in started}
+            ended = sorted(busy)[:ends]
+            busy = {job_id: job for job_id, job in busy.items() if job_id not in ended}
+            started -= set(ended)
+            board.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded' WHERE id = ANY (%s)", [ended])
+
+
 # ------------------------------------------------------------- fair share
 
 
@@ -246,6 +329,54 @@ def test_fifty_thousand_capped_jobs_at_the_head_cost_little(board: Sql) -> None:
             assert min(picked) > 50_000
     # a walk over the head would be thousands; the first call of each plan reads the catalog too
     assert sorted(touched)[-3] < 600, touched
+
+
+#: Whose waiting jobs, in claim order: name, jobs, customers who take turns, how many jobs each of these runs, priority.
+QUEUES_THAT_COULD_COST = {
+    "one other": [("hog", 5_000, 1, 1, TOP), ("c", 5, 1, 0, TOP)],
+    "a thousand others": [("hog", 5_000, 1, 1, TOP), ("c", 5_000, 1_000, 0, TOP)],
+    "one job each": [("c", 5_000, 5_000, 0, TOP)],
+    "all capped": [("hog", 5_000, 1, 1, TOP)],
+    "twenty capped": [("hog", 5_000, 20, 1, TOP), ("c", 1_000, 200, 0, TOP)],
+    "lifted work first": [("late", 20, 4, 0, LIFTED_PRIORITY), ("hog", 5_000, 1, 1, TOP), ("c", 1_000, 200, 0, TOP)],
+    "a lifted head": [("hog", 5_000, 1, 1, LIFTED_PRIORITY), ("c", 1_000, 200, 0, TOP)],
+    "nobody's work": [("hog", 5_000, 1, 1, TOP), ("", 1_000, 1, 0, TOP)],
+}
+
+
+@pytest.mark.parametrize("blocks", QUEUES_THAT_COULD_COST.values(), ids=QUEUES_THAT_COULD_COST)
+def test_a_claim_looks_at_few_rows(board: Sql, blocks: list[tuple[str, int, int, int, int]]) -> None:
+    """Whoever waits, a claim of four jobs fetches a few hundred rows in as many index scans, with and without statistics."""
+    board.execute("DISCARD PLANS")
+    with board.transaction(force_rollback=True):
+        share(board, 1)
+        for order_id, (name, jobs, number, running, priority) in enumerate(blocks):
+            customer = f"'{name}-' || n % {number}" if name else "''"
+            board.execute(
+                "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, priority, args, status)"
+                f" SELECT 'upload', 'jobdaemon.upload', {priority},"
+                f" jsonb_build_object('order_id', {order_id * 10_000} + n / 5, 'customer', {customer}),"
+                f" (CASE WHEN n < {running * number} THEN 'doing' ELSE 'todo' END)::jobdaemon.procrastinate_job_status"
+                f" FROM generate_series(0, {jobs - 1}) AS n"
+            )
+        for has_statistics in (False, True):
+            if has_statistics:
+                board.execute("ANALYZE jobdaemon.procrastinate_jobs")
+            before = looked_at(board)
+            assert len(sql_pick(board, 4)) == 4
+            after = looked_at(board)
+            assert after["rows"] - before["rows"] < 600, (before, after)
+            assert after["scans"] - before["scans"] < 400, (before, after)
+
+
+def looked_at(sql: Sql) -> dict[str, int]:
+    """Rows of the jobs table that this transaction has fetched so far, and in how many scans of indexes and of the table."""
+    row = sql.execute(
+        "SELECT idx_tup_fetch + seq_tup_read AS rows, idx_scan + seq_scan AS scans FROM pg_stat_xact_user_tables"
+        " WHERE relid = 'jobdaemon.procrastinate_jobs'::regclass"
+    ).fetchone()
+    assert row is not None
+    return row
 
 
 # ------------------------------------------------------------- Free first

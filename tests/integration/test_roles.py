@@ -21,6 +21,8 @@ from tests.factories import PLANS, QUEUES, SOURCE, Sql
 
 TABLES = (
     "provider_keys",
+    "cache",
+    "cache_counts",
     "plans",
     "queues",
     "orders",
@@ -31,7 +33,17 @@ TABLES = (
     "procrastinate_jobs",
     "_yoyo_migration",
 )
-VIEWS = ("queue_depth", "order_progress", "running_jobs", "stage_timings", "throughput", "failures", "workers", "keys")
+VIEWS = (
+    "queue_depth",
+    "order_progress",
+    "running_jobs",
+    "stage_timings",
+    "throughput",
+    "failures",
+    "workers",
+    "keys",
+    "cache_stats",
+)
 
 
 @pytest.fixture
@@ -109,7 +121,10 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
             assert (await store.commit([transition], daemon_id=daemon_id)).verdicts == [Verdict.ACCEPTED]
         await store.promote()
         await store.queue_rows(QUEUES, 0)
-        await store.lost_jobs(daemon_id, [], lease=None)
+        assert await store.heartbeat(daemon_id, lease=timedelta(seconds=15), timeout=timedelta(seconds=5))
+        await store.lost_jobs(daemon_id, [], lease=timedelta(seconds=15))
+        await store.adopt_jobs(daemon_id, [job])
+        assert await store.locked_jobs([job]) == set()
         await store.tell_orders([job.order_id])
         assert await store.load_order(job.order_id) is not None
         assert len(await store.load_images(job.order_id)) == 2
@@ -123,6 +138,17 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         [job] = (await store.claim_with_keys("generate.new", daemon_id, 1, ["a"])).jobs
         refused = Transition(job, End.SNOOZE, signal=Signal.KEY)
         assert len((await store.commit([refused], daemon_id=daemon_id)).news) == 1
+        moment = timedelta(seconds=1)
+        await store.cache.take("new", "a", 1, {1: "0" * 64}, hold=moment, ttl=moment)
+        await store.cache.release(1, [1])
+        await store.cache.forget(1)
+        await store.cache.begin_copies(1, 1.0)
+        await store.cache.end_copy(1)
+        await store.cache.drop(1)
+        await store.cache.trim(moment, 1, 1)
+        await store.cache.dropped(1)
+        await store.cache.remove([1])
+        assert await store.cache.is_empty()
         await store.set_daemon_status(daemon_id, "stopped")
     finally:
         await store.close()

@@ -242,7 +242,6 @@ def test_the_model_of_a_plan() -> None:
     assert [top_priority(plans, queue) for queue in QUEUES] == [300, 300, 100]
 
 
-@pytest.mark.xfail(strict=True, reason="pick_shared_jobs compares with max(plans.priority) until it asks top_priority")
 async def test_lifted_work_shares_with_the_stages_highest(claimed_job_factory: Claimed, order_factory: Orders, sql: Sql) -> None:
     """Where Start is the highest plan of a stage, its jobs have three starts of four beside lifted work there."""
     for name, upload in (("Free", 10), ("Start", 90), ("Pro", 20)):

@@ -39,9 +39,9 @@ def test_attempts_count_from_one() -> None:
     assert Job(1, "q", "t", 0, attempts=2).attempt == 3
 
 
-def test_only_removal_outlives_its_order() -> None:
-    """Every job of an ended order is dropped but the one that removes its images."""
-    assert [task for task in Task if Job(1, "q", task, 0).outlives_its_order] == [Task.REMOVE]
+def test_only_cleaning_up_outlives_its_order() -> None:
+    """Every job of an ended order is dropped but those that remove its images and stop its calls."""
+    assert [task for task in Task if Job(1, "q", task, 0).outlives_its_order] == [Task.REMOVE, Task.ABANDON]
 
 
 def test_queue_of_a_provider() -> None:

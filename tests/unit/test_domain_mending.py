@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobdaemon.domain.job import Job, Task
-from jobdaemon.domain.mending import Mending, OrderImage, OrderJob, StrayOrder, mend
+from jobdaemon.domain.mending import Mending, OrderCall, OrderImage, OrderJob, StrayOrder, mend
 from jobdaemon.domain.write import ImageFailed, OrderFailed
 
 ORDER = 7
@@ -91,3 +93,12 @@ def test_junk_among_the_arguments_is_nobodys_job(status: str) -> None:
     """A job of ours that somebody deferred with other arguments works on no image."""
     junk = OrderJob(Job(1, "", Task.GENERATE, 0, {"order_id": ORDER, "images": "all"}), status)
     assert len(mend(_order("p", junk), PER_CALL).jobs) == 1
+
+
+def test_what_another_provider_was_asked_for_is_fetched_there() -> None:
+    """A lost batch that had gone on to another provider goes back to its call there; one that had bought nothing begins anew."""
+    order = replace(_order("pppp"), calls=(OrderCall("other", (2, 3)), OrderCall("local", (4,))))
+    mending = mend(order, PER_CALL)
+    made = [(job.queue, job.args["images"]) for job in mending.jobs]
+    assert made == [("generate.other", [2, 3]), ("generate.local", [1]), ("generate.local", [4])]
+    assert mending.resumed == ((2, 2), (1, 1), (4, 4))

@@ -27,6 +27,7 @@ from jobdaemon.errors import (
     KeyRefusedError,
     ProviderRefusedError,
     ProviderUnavailableError,
+    PutOffError,
     RateLimitedError,
     UnsupportedImageError,
 )
@@ -89,6 +90,16 @@ def test_what_is_no_fault_of_the_job_costs_nothing(error: Exception) -> None:
     transition = after_error(Job(1, "q", "t", 0, attempts=99), error, POLICY, jitter=0.5, dead=dead)
     assert (transition.end, transition.writes) == (End.SNOOZE, ())
     assert transition.delay == (timedelta(minutes=3) if isinstance(error, RateLimitedError) else timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(("after", "delay_s"), [(None, 1.0), (timedelta(0), 1.0), (timedelta(seconds=10), 10.0)])
+def test_what_is_put_off_costs_nothing(after: timedelta | None, delay_s: float) -> None:
+    """Even the last attempt is snoozed, for as long as asked and a little more, and nothing is said of the queue."""
+    for jitter in (0.0, 1.0):
+        job = Job(1, "q", "t", 0, attempts=99)
+        transition = after_error(job, PutOffError("later", retry_after=after), POLICY, jitter=jitter, dead=dead)
+        assert (transition.end, transition.signal, transition.writes) == (End.SNOOZE, None, ())
+        assert transition.delay == timedelta(seconds=delay_s) * (1 + POLICY.jitter * jitter)
 
 
 @pytest.mark.parametrize(("is_out_of_money", "signal"), [(False, Signal.KEY), (True, Signal.MONEY)])

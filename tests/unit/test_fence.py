@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jobdaemon.domain.job import Job, JobStatus, Task
 from jobdaemon.domain.outcome import End, Transition, Verdict
-from jobdaemon.domain.write import ImageFailed, OrderStarted
+from jobdaemon.domain.write import CallAccepted, CallEnded, ImageFailed, OrderStarted
 from jobdaemon.queue.fence import HeldJob, Ruling, rule
 
 JOB = Job(1, "generate.local", Task.GENERATE, 0, {"order_id": 7, "images": [1, 2]}, token=5)
@@ -67,6 +67,7 @@ def test_a_waiting_job_never_keeps_a_dead_order_alive(transition: Transition, he
         (End.SNOOZE, JobStatus.TODO, 0, 0, "snooze"),
         (End.HANDED_BACK, JobStatus.TODO, 0, 0, "handed_back"),
         (End.INTERRUPTED, JobStatus.TODO, 0, 1, "interrupted"),
+        (End.MOVED, JobStatus.TODO, 0, 0, "moved"),
         (End.FAILED, JobStatus.FAILED, 1, 0, "failed"),
         (End.CHECKPOINT, None, 0, 0, None),
     ],
@@ -129,3 +130,21 @@ def test_removal_works_on_an_ended_order() -> None:
     ruling = rule(Transition(remove, End.SUCCEEDED, writes=(OrderStarted(7),)), DOING, order_has_ended=True)
     assert (ruling.verdict, ruling.status) == (Verdict.ACCEPTED, JobStatus.SUCCEEDED)
     assert ruling.commit is not None
+
+
+@pytest.mark.parametrize("end", [End.CHECKPOINT, End.SUCCEEDED, End.RETRY, End.HANDED_BACK, End.FAILED])
+def test_what_became_of_a_call_is_kept_whatever_became_of_its_order(end: End) -> None:
+    """A cancelled order's attempt still notes its task's id, so that it can be stopped; nothing else of it is written."""
+    noted = CallAccepted(7, 1, "t1")
+    ended = Transition(JOB, end, writes=(OrderStarted(7), noted, CallEnded(7, 1, "failed")))
+    ruling = rule(ended, replace(DOING, abort_requested=True), order_has_ended=True)
+    assert ruling.verdict is Verdict.ORDER_ENDED
+    assert ruling.commit is not None
+    assert ruling.commit.writes == (noted, CallEnded(7, 1, "failed"))
+
+
+def test_closing_its_call_drops_nothing() -> None:
+    """The upload of its last image may end an order before the attempt that made it closes its call: it has succeeded."""
+    done = Transition(JOB, End.SUCCEEDED, writes=(CallEnded(7, 1, "succeeded"),))
+    ruling = rule(done, DOING, order_has_ended=True)
+    assert (ruling.status, ruling.commit) == (JobStatus.SUCCEEDED, done)

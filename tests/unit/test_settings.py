@@ -456,6 +456,8 @@ class TestTree:
             ("[plans.Pro]\nexpires_after = '30 min'", "plans.Pro.lift_after: must be shorter than plans.Pro.expires_after"),
             ("[plans.Start]\nimages = 5", "orders.prompts.Start: holds 6 prompts, more than plans.Start.images allows"),
             ("[orders.prompts]\nFree = [' ']", "orders.prompts.Free: has a prompt that is empty"),
+            ("[cache]\nproviders = ['local']", "cache.providers: names local, which makes its images on this machine"),
+            ("[cache]\nproviders = ['nobody']", "cache.providers: there is no provider 'nobody'; there is"),
             ("[database]\nurl = 'mysql://u:secret@h/d'", "database.url: must start with postgresql://"),
         ],
     )
@@ -605,3 +607,45 @@ class TestSecrets:
         """A secret that happens to be a number is not repeated."""
         (problem,) = problems(write("[database]\nurl = 12345678\n"))
         assert "12345678" not in problem
+
+
+class TestFallback:
+    USABLE = '[generate.openai_images]\napi_key = "k"\n[generate.comfyui]\nservers = ["http://a"]\nworkflow = "w.json"\n'
+
+    def test_who_takes_over(self, write: Write) -> None:
+        """A table of lists by provider, two of which may name each other, and a list of a plan's own; all shown as written."""
+        chains = '[orders]\nfallback = { openai_images = ["comfyui", "local"], comfyui = ["openai_images"] }\n'
+        settings = load_settings(write(f"{chains}[plans.Free]\nfallback = []\n{self.USABLE}"), {})
+        assert settings.orders.fallback == {"openai_images": ("comfyui", "local"), "comfyui": ("openai_images",)}
+        assert (settings.plans.Free.fallback, settings.plans.Pro.fallback) == ((), None)
+        shown = settings.shown()
+        assert shown["orders"]["fallback"] == {"openai_images": ["comfyui", "local"], "comfyui": ["openai_images"]}
+        assert "fallback" not in shown["plans"]["Pro"]
+        assert settings.origin("orders.fallback.comfyui").endswith("jobdaemon.toml:2")
+
+    def test_as_variables(self) -> None:
+        """JSON, and the empty text for none."""
+        chain = {"JOBDAEMON_ORDERS__FALLBACK": '{"comfyui": ["local"]}', "JOBDAEMON_PLANS__PRO__FALLBACK": '["local"]'}
+        settings = load_settings(None, chain)
+        assert settings.orders.fallback == {"comfyui": ("local",)}
+        assert settings.plans.Pro.fallback == ("local",)
+        assert problems(None, JOBDAEMON_ORDERS__FALLBACK="[1]") == [
+            'JOBDAEMON_ORDERS__FALLBACK: orders.fallback: must be a table of arrays: {"one": ["two"]}'
+        ]
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ('[orders.fallback]\nnobody = ["local"]', ":2: orders.fallback.nobody: there is no provider 'nobody'"),
+            ('[orders.fallback]\ncomfyui = ["nobody"]', ":2: orders.fallback.comfyui: there is no provider 'nobody'"),
+            ('[orders.fallback]\nlocal = ["comfyui"]', ":2: orders.fallback.local: names comfyui, but generate.comfyui lacks"),
+            ('[orders.fallback]\nlocal = ["local"]', ":2: orders.fallback.local: names local as its own fallback"),
+            ('[orders.fallback]\ncomfyui = ["local", "local"]', ":2: orders.fallback.comfyui: names local more than once"),
+            ('[plans.Pro]\nfallback = ["nobody"]', ":2: plans.Pro.fallback: there is no provider 'nobody'"),
+            ('[orders.fallback]\ncomfyui = "local"', ":2: orders.fallback.comfyui: must be an array"),
+        ],
+    )
+    def test_chains_that_cannot_work(self, write: Write, text: str, says: str) -> None:
+        """Unknown or unusable providers, oneself, and the same one twice are told with their place."""
+        path = write(text + "\n")
+        assert any(problem.startswith(f"{path}{says}") for problem in problems(path))

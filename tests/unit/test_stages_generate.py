@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.fallback import FallbackRules, Move, Settle
 from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, ImageFailed, ImageGenerated
@@ -17,9 +18,11 @@ from jobdaemon.errors import (
     AnswerLostError,
     InvalidOrderError,
     LeaseLostError,
+    OrderEndedError,
     ProviderRefusedError,
     ProviderUnavailableError,
     RateLimitedError,
+    RetryableError,
     StoreRefusedError,
     StoreUnavailableError,
     UnsupportedFeatureError,
@@ -334,6 +337,113 @@ async def test_what_cannot_be_stored_ends_the_attempt() -> None:
             FakeAttempt(JOB, orders)
         )
     assert [image.status for image in orders.images] == ["pending", "pending"]
+
+
+CHAIN = FallbackRules(chains={"fake": ("other",)}, images_per_call=lambda name: 3)
+SPENT = replace(JOB, attempts=3)
+
+
+async def _failed(
+    script: list[Any], *, orders: FakeOrders | None = None, rules: FallbackRules = CHAIN, **changes: Any
+) -> tuple[FakeAttempt, FakeProvider, Exception]:
+    """An attempt that failed, with somebody else to ask."""
+    orders = orders or _orders()
+    provider = FakeProvider(script, **changes)
+    attempt = FakeAttempt(SPENT, orders, is_spent=orders.call is not None)
+    stage = GenerateStage(orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, fallback=rules)
+    with pytest.raises(RetryableError) as caught:
+        await stage.run(attempt)
+    return attempt, provider, caught.value
+
+
+@pytest.mark.parametrize(
+    ("script", "is_owed"),
+    [
+        ([ProviderUnavailableError("away")], False),
+        ([Submitting(), ProviderUnavailableError("refused")], False),
+        ([Submitting(), TaskAccepted("t1"), TaskOver(), ProviderUnavailableError("it failed")], False),
+        ([Submitting(), ImageMade(1, b"1", JPEG), ProviderUnavailableError("half")], False),
+        ([Submitting(), AnswerLostError("?")], True),
+        ([Submitting(), TaskAccepted("t1"), ProviderUnavailableError("no answer")], True),
+    ],
+    ids=["not bought", "refused", "task over", "half", "lost answer", "still runs"],
+)
+async def test_only_a_batch_that_has_bought_nothing_goes_elsewhere(script: list[Any], is_owed: bool) -> None:
+    """While the provider may still give something for a call, the batch stays and asks it."""
+    attempt, _, _ = await _failed(script)
+    assert attempt.instead() == (Settle() if is_owed else Move("other", 3))
+
+
+async def test_nobody_to_ask_is_no_instead() -> None:
+    """Without a chain the images fail as before."""
+    attempt, _, _ = await _failed([ProviderUnavailableError("away")], rules=FallbackRules())
+    assert attempt.instead() is None
+
+
+async def test_out_of_attempts_a_call_is_stopped_before_anybody_else_is_asked() -> None:
+    """The provider stopped it: the row is closed, nothing is asked for any more, and the batch may go."""
+    attempt, provider, _ = await _failed([ImageMade(1, b"1", JPEG)], orders=_orders(call=OPEN_CALL))
+    assert [call.task_id for call in provider.cancelled] == ["t1"]
+    assert attempt.checkpoints == [CallEnded(1, 9, "cancelled")]
+    assert (provider.requests, attempt.instead()) == ([], Move("other", 3))
+
+
+async def test_a_late_result_is_used() -> None:
+    """A call that had ended when it was to be stopped is collected, and nobody else is asked."""
+    orders = _orders(call=OPEN_CALL)
+    provider = FakeProvider([ImageMade(1, b"1", JPEG), ImageMade(2, b"2", JPEG)], stops=False)
+    stage = GenerateStage(orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, fallback=CHAIN)
+    done = await stage.run(FakeAttempt(SPENT, orders, is_spent=True))
+    assert sorted(write.index for write in done.writes if isinstance(write, ImageGenerated)) == [1, 2]
+    assert done.writes[-1] == CallEnded(1, 9, "succeeded")
+    [request] = provider.requests
+    assert request.resume == OPEN_CALL
+
+
+async def test_part_of_a_late_result_is_used() -> None:
+    """What a task made before it failed is kept; the rest may go."""
+    script = [ImageMade(1, b"1", JPEG), TaskOver(), ProviderUnavailableError("it failed")]
+    attempt, _, _ = await _failed(script, orders=_orders(call=OPEN_CALL), stops=False)
+    assert [image.status for image in attempt.orders.images] == ["generated", "pending"]
+    assert attempt.instead() == Move("other", 3)
+
+
+async def test_out_of_attempts_nothing_is_bought() -> None:
+    """A provider that would submit anew, its task being forgotten, is stopped before it does."""
+    attempt, _, _ = await _failed([TaskOver(), Submitting(), TaskAccepted("t2")], orders=_orders(call=OPEN_CALL), stops=False)
+    assert attempt.checkpoints == [CallEnded(1, 9, "failed")]
+    assert attempt.instead() == Move("other", 3)
+
+
+async def test_a_paid_call_is_waited_for_and_a_free_one_is_not() -> None:
+    """A provider that cannot say what became of a call holds the batch where that cost money; else the call is closed."""
+    away = ProviderUnavailableError("away")
+    attempt, _, _ = await _failed([], orders=_orders(call=OPEN_CALL), stops=away)
+    assert attempt.instead() == Settle()
+    attempt, _, _ = await _failed([], orders=_orders(call=OPEN_CALL), stops=away, rules=replace(CHAIN, unpaid={"fake"}))
+    assert attempt.instead() == Move("other", 3, (CallEnded(1, 9, "cancelled"),))
+
+
+async def test_a_lost_submit_is_looked_for_before_anybody_else_is_asked() -> None:
+    """Found, it is stopped; not found it is unknown, and bought elsewhere only where it may be bought again."""
+    attempt, provider, _ = await _failed([], orders=_orders(call=LOST_CALL), found="t9")
+    assert attempt.checkpoints == [CallAccepted(1, 9, "t9"), CallEnded(1, 9, "cancelled")]
+    assert [call.task_id for call in provider.cancelled] == ["t9"]
+    attempt, _, _ = await _failed([], orders=_orders(call=LOST_CALL))
+    assert (attempt.checkpoints, attempt.instead()) == ([CallEnded(1, 9, "unknown")], Move("other", 3))
+    orders = _orders(call=LOST_CALL)
+    provider = FakeProvider(on_unknown_submit="fail")
+    stage = GenerateStage(orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, fallback=CHAIN)
+    with pytest.raises(ProviderRefusedError):
+        await stage.run(FakeAttempt(SPENT, orders, is_spent=True))
+
+
+async def test_an_ended_orders_task_is_given_up_even_if_its_id_was_noted() -> None:
+    """It may have been looked for before it was there, and nobody has the job now."""
+    orders, provider = _orders(), FakeProvider([Submitting("t1"), TaskAccepted("t1")])
+    with pytest.raises(OrderEndedError):
+        await _stage(orders, provider).run(FakeAttempt(JOB, orders, lost_after=1, loss=OrderEndedError))
+    assert [call.task_id for call in provider.cancelled] == ["t1"]
 
 
 @dataclass(slots=True)

@@ -39,10 +39,13 @@ from jobdaemon.providers.comfyui.pool import ServerPool
 from jobdaemon.providers.comfyui.server import ComfyServer, FileGoneError
 from jobdaemon.providers.comfyui.sockets import PromptSocket, Sockets
 from jobdaemon.providers.comfyui.workflow import parse_workflow, seed_of
+from jobdaemon.providers.photo_fit import PhotoBounds, PhotoFitter
 from jobdaemon.settings_generate import ComfyUISettings
 
 #: So many failed questions in a row, and a server counts as gone.
 _STRIKES = 3
+#: A server takes 100 MB (--max-upload-size), the form around the photo included. LoadImage has no bound of its own.
+PHOTO_BOUNDS = PhotoBounds(max_bytes=100_000_000)
 
 
 class ComfyUIProvider:
@@ -83,6 +86,7 @@ class ComfyUIProvider:
             raise SettingsError(f"generate.comfyui.workflow: {error}") from None
         self._settings = settings
         self._max_image_bytes = max_image_bytes
+        self._photos = PhotoFitter(NAME, PHOTO_BOUNDS)
         self._sockets = Sockets()
         urls = dict.fromkeys(settings.servers)
         self._pool = ServerPool(
@@ -109,14 +113,15 @@ class ComfyUIProvider:
             yield TaskOver()
             if "@" not in (request.resume.task_id or ""):
                 raise ProviderUnavailableError(f"{NAME}: the call of an earlier attempt has an id that names no server")
-        photo = await request.load_photo()
+        fitted = await self._photos.fit(request.photo, request.load_photo)
+        photo, artifact = await fitted.load(), fitted.artifact
         images = [index for index, _ in request.images]
         tried: dict[ComfyServer, Exception] = {}
         while True:
             async with self._pool.place(tried) as place:
                 server, prompt_id = place.server, str(uuid.uuid4())
                 try:
-                    name = await server.upload(photo, digest=request.photo.sha256, media_type=request.photo.media_type)
+                    name = await server.upload(photo, digest=artifact.sha256, media_type=artifact.media_type)
                 except (RetryableError, PermanentError) as error:
                     tried[server] = error
                     continue

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.ports import GenerateRequest
+from jobdaemon.providers.photo_fit import PhotoBounds
 
 _MAX_SEED = 2_147_483_647
 _MARK_BITS = 24
@@ -35,6 +36,16 @@ class Form(StrEnum):
     MESSAGES = "messages"
 
 
+#: 10 MB in every reference, which may be counted in thousands.
+_MAX_PHOTO_BYTES = 10_000_000
+_ANY_PHOTO = PhotoBounds(_MAX_PHOTO_BYTES)
+_WAN25_PHOTO = PhotoBounds(_MAX_PHOTO_BYTES, longest_side=5000, shortest_side=384)
+_WAN26_PHOTO = PhotoBounds(_MAX_PHOTO_BYTES, longest_side=8000, shortest_side=240)
+_QWEN_PHOTO = PhotoBounds(_MAX_PHOTO_BYTES, longest_side=3072, shortest_side=384)
+#: Its reference could not be read; a smaller photo than it might take does no harm.
+_WANX_PHOTO = PhotoBounds(_MAX_PHOTO_BYTES, longest_side=4096)
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """
@@ -46,6 +57,7 @@ class Route:
             calls with it.
         takes_photo: otherwise it makes images of the prompt alone.
         max_images: most ``n`` of one call.
+        photo: what a photo may be.
     """
 
     path: str
@@ -53,6 +65,7 @@ class Route:
     form: Form
     takes_photo: bool
     max_images: int = 4
+    photo: PhotoBounds = _ANY_PHOTO
 
     @property
     def tells_prompts(self) -> bool:
@@ -61,20 +74,22 @@ class Route:
 
 
 _TEXT_TASK = Route("text2image/image-synthesis", is_async=True, form=Form.PROMPT, takes_photo=False)
-_MESSAGE_TASK = Route("image-generation/generation", is_async=True, form=Form.MESSAGES, takes_photo=True)
+_MESSAGE_TASK = Route("image-generation/generation", is_async=True, form=Form.MESSAGES, takes_photo=True, photo=_WAN26_PHOTO)
 _DIRECT = "multimodal-generation/generation"
 
 #: Beginning of a model's name -> its route; the longest one counts, so that dated versions go with their model.
 ROUTES: Mapping[str, Route] = {
-    "wan2.5-i2i": Route("image2image/image-synthesis", is_async=True, form=Form.IMAGES, takes_photo=True),
-    "wanx2.1-imageedit": Route("image2image/image-synthesis", is_async=True, form=Form.BASE_IMAGE, takes_photo=True),
+    "wan2.5-i2i": Route("image2image/image-synthesis", is_async=True, form=Form.IMAGES, takes_photo=True, photo=_WAN25_PHOTO),
+    "wanx2.1-imageedit": Route(
+        "image2image/image-synthesis", is_async=True, form=Form.BASE_IMAGE, takes_photo=True, photo=_WANX_PHOTO
+    ),
     "wan2.6-image": _MESSAGE_TASK,
     "wan2.7-image": _MESSAGE_TASK,
-    "qwen-image-3.0": _MESSAGE_TASK,
-    "qwen-image-2.0": Route(_DIRECT, is_async=False, form=Form.MESSAGES, takes_photo=True),
-    "qwen-image-edit-max": Route(_DIRECT, is_async=False, form=Form.MESSAGES, takes_photo=True),
-    "qwen-image-edit-plus": Route(_DIRECT, is_async=False, form=Form.MESSAGES, takes_photo=True),
-    "qwen-image-edit": Route(_DIRECT, is_async=False, form=Form.MESSAGES, takes_photo=True, max_images=1),
+    "qwen-image-3.0": replace(_MESSAGE_TASK, photo=_QWEN_PHOTO),
+    "qwen-image-2.0": Route(_DIRECT, is_async=False, form=Form.MESSAGES, takes_photo=True, photo=_QWEN_PHOTO),
+    "qwen-image-edit-max": Route(_DIRECT, is_async=False, form=Form.MESSAGES, takes_photo=True, photo=_QWEN_PHOTO),
+    "qwen-image-edit-plus": Route(_DIRECT, is_async=False, form=Form.MESSAGES, takes_photo=True, photo=_QWEN_PHOTO),
+    "qwen-image-edit": Route(_DIRECT, is_async=False, form=Form.MESSAGES, takes_photo=True, photo=_QWEN_PHOTO, max_images=1),
     "wan2.6-t2i": Route("image-generation/generation", is_async=True, form=Form.MESSAGES, takes_photo=False),
     "wan2.5-t2i": _TEXT_TASK,
     "wan2.2-t2i": _TEXT_TASK,

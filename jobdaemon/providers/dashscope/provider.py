@@ -33,6 +33,7 @@ from jobdaemon.ports import (
 )
 from jobdaemon.providers.dashscope import answers
 from jobdaemon.providers.dashscope.models import body_of, mark, route_of
+from jobdaemon.providers.photo_fit import FittedLinks, PhotoFitter
 from jobdaemon.providers.wire import polled
 from jobdaemon.settings_generate import DashScopeSettings
 
@@ -86,7 +87,7 @@ class DashScopeProvider:
         self._api = settings.base_url.rstrip("/").removesuffix("/api/v1") + "/api/v1"
         self._keys = dict(keys)
         self._client = client
-        self._links = links
+        self._links = FittedLinks(links, PhotoFitter(self.name, self._route.photo))
         self._pace = _Pace(questions_per_s)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[ProviderEvent, None]:

@@ -13,8 +13,13 @@ FROM worker
 RETURNING id;
 
 -- name: heartbeat
--- Says that the daemon lives; no row means that somebody removed it and it has to register again.
-UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = clock_timestamp() WHERE id = $1 RETURNING id;
+-- Says that the daemon lives, and how long its lease is ($2, seconds); no row means that somebody removed it and it has to
+-- register again. Two beats further apart than half the lease, by this clock, are a gap.
+UPDATE jobdaemon.procrastinate_workers w SET last_heartbeat = beat.at, lease = beat.lease,
+    steady_since = CASE WHEN w.last_heartbeat BETWEEN beat.at - beat.lease / 2 AND beat.at
+        THEN coalesce(w.steady_since, beat.at) ELSE beat.at END
+FROM (SELECT clock_timestamp() AS at, $2 * interval '1 second' AS lease) AS beat
+WHERE w.id = $1 RETURNING w.id;
 
 -- name: answers
 -- Whether this server takes writes; a standby, or the old primary after a failover, does not.
@@ -95,16 +100,35 @@ SET status = CASE WHEN j.status = 'todo' THEN 'cancelled' ELSE j.status END, abo
 FROM locked l WHERE j.id = l.id;
 
 -- name: lost_jobs
--- Running jobs whose worker is gone or silent for longer than the lease ($1, seconds; NULL: not asked), and those of worker $3
--- that are not among those it knows to run ($4). No lock: the fence decides.
+-- Running jobs whose worker is gone, or silent for longer than its lease and than ours ($1, seconds); those of worker $3 that are
+-- not among those it knows to run ($4); and those it runs that have no worker, since somebody removed its row. Others are judged
+-- only by a worker whose own beats have come without a gap for a whole lease, the last one within half a lease: after an outage, a
+-- long lock, a standstill of all or a leap of the clock everybody looks silent, itself included. One reading of the clock is for
+-- both, so that it does not matter how long this statement had to wait. No lock: the fence decides.
+WITH look AS MATERIALIZED (
+    SELECT c.at, c.lease, EXISTS (SELECT FROM jobdaemon.procrastinate_workers w
+        WHERE w.id = $3 AND w.last_heartbeat BETWEEN c.at - c.lease / 2 AND c.at AND w.steady_since <= c.at - c.lease) AS may_judge
+    FROM (SELECT clock_timestamp() AS at, $1 * interval '1 second' AS lease) AS c
+)
 SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id
-FROM jobdaemon.procrastinate_jobs j
+FROM look l CROSS JOIN jobdaemon.procrastinate_jobs j
 LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
 WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
-    AND (w.id IS NULL AND $1::float8 IS NOT NULL OR w.last_heartbeat < clock_timestamp() - $1 * interval '1 second'
-        OR j.worker_id = $3)
-    AND NOT (j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true))
+    AND CASE WHEN j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true) THEN j.worker_id IS NULL
+        WHEN j.worker_id = $3 THEN true
+        ELSE l.may_judge AND (w.id IS NULL
+            OR w.last_heartbeat NOT BETWEEN l.at - greatest(l.lease, w.lease) AND l.at + greatest(l.lease, w.lease)) END
 ORDER BY j.id LIMIT $2;
+
+-- name: adopt_jobs
+-- Running jobs that belong to nobody become those of worker $1, where the tokens ($3) of its attempts still hold.
+WITH own AS (
+    SELECT j.id FROM unnest($2::bigint[], $3::bigint[]) AS a (id, token)
+    JOIN jobdaemon.procrastinate_jobs j ON j.id = a.id AND j.token = a.token
+    WHERE j.status = 'doing' AND j.worker_id IS NULL AND EXISTS (SELECT FROM jobdaemon.procrastinate_workers w WHERE w.id = $1)
+    ORDER BY j.id FOR UPDATE OF j SKIP LOCKED
+)
+UPDATE jobdaemon.procrastinate_jobs j SET worker_id = $1 FROM own o WHERE j.id = o.id;
 
 -- name: other_deaths
 -- Signs of the last $1 seconds that workers die whatever they run: those that died (silent for $2, and never stopped), without
@@ -127,6 +151,34 @@ SELECT id, finished_at IS NOT NULL AS ended FROM jobdaemon.orders WHERE id = ANY
 -- The jobs of a group of transitions, by id, with what the fence needs.
 SELECT id, status::text, token, abort_requested FROM jobdaemon.procrastinate_jobs
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
+
+-- name: living_jobs
+-- Those of these (locked) jobs whose daemon beats by now: it is no longer silent, so they are its own.
+SELECT j.id FROM jobdaemon.procrastinate_jobs j JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
+WHERE j.id = ANY ($1::bigint[]) AND w.last_heartbeat BETWEEN clock_timestamp() - w.lease AND clock_timestamp() + w.lease;
+
+-- name: locked_jobs
+-- Of these jobs ($1), each with its order ($2), those whose commit would have to wait: somebody holds the job, its order or one of
+-- its images. Takes the others for an instant, and waits for nothing.
+WITH asked AS (
+    SELECT a.job_id, a.order_id FROM unnest($1::bigint[], $2::bigint[]) AS a (job_id, order_id)
+), free_orders AS (
+    SELECT o.id FROM jobdaemon.orders o WHERE o.id = ANY ($2::bigint[]) FOR UPDATE SKIP LOCKED
+), free_jobs AS (
+    SELECT j.id FROM jobdaemon.procrastinate_jobs j WHERE j.id = ANY ($1::bigint[]) FOR UPDATE SKIP LOCKED
+), free_images AS (
+    SELECT i.order_id, i.index FROM jobdaemon.images i WHERE i.order_id = ANY ($2::bigint[]) FOR UPDATE SKIP LOCKED
+), held AS (
+    SELECT NULL::bigint AS job_id, o.id AS order_id FROM jobdaemon.orders o
+    WHERE o.id = ANY ($2::bigint[]) AND o.id NOT IN (SELECT f.id FROM free_orders f)
+    UNION ALL
+    SELECT j.id, NULL FROM jobdaemon.procrastinate_jobs j
+    WHERE j.id = ANY ($1::bigint[]) AND j.id NOT IN (SELECT f.id FROM free_jobs f)
+    UNION ALL
+    SELECT NULL, i.order_id FROM jobdaemon.images i
+    WHERE i.order_id = ANY ($2::bigint[]) AND (i.order_id, i.index) NOT IN (SELECT f.order_id, f.index FROM free_images f)
+)
+SELECT a.job_id FROM asked a WHERE EXISTS (SELECT FROM held h WHERE h.job_id = a.job_id OR h.order_id = a.order_id);
 
 -- name: end_jobs
 -- Ends attempts whose fence held: id, status, attempts spent, seconds to wait, deaths, and whether the token is forgotten. A job
@@ -154,6 +206,55 @@ SELECT jobdaemon.procrastinate_defer_jobs_v1(array_agg(ROW(n.queue, n.task,
 FROM ROWS FROM (jsonb_to_recordset($1::jsonb) AS (queue text, task text, priority integer, args jsonb, delay_s float8))
     WITH ORDINALITY AS n (queue, task, priority, args, delay_s, place)
 LEFT JOIN jobdaemon.orders o ON o.id = (n.args ->> 'order_id')::bigint;
+
+-- name: move_jobs
+-- {job_id, queue, images, tried}: (locked) jobs go on in another provider's queue, with new attempts and the images named.
+-- What an earlier provider has made is not to be had there.
+UPDATE jobdaemon.procrastinate_jobs j
+SET queue_name = m.queue, attempts = 0, scheduled_at = NULL, key_alias = NULL,
+    args = (j.args - 'call') || jsonb_build_object('images', m.images, 'tried', m.tried)
+FROM jsonb_to_recordset($1::jsonb) AS m (job_id bigint, queue text, images jsonb, tried jsonb)
+WHERE j.id = m.job_id;
+
+-- name: troubled_providers
+-- Providers whose circuit is not closed, and those of whose keys none can start a call now; whether that has been so, or will be so,
+-- for longer than $1 seconds; and why. Keys that an operator paused all of are his own affair, as a paused queue is.
+SELECT substr(q.name, length('generate.') + 1) AS provider,
+    coalesce(q.circuit_since <= clock_timestamp() - $1 * interval '1 second', false) AS is_long,
+    format('its circuit has been open for %s s', $1::float8) AS reason
+FROM jobdaemon.queues q WHERE q.circuit <> 'closed' AND q.name LIKE 'generate.%'
+UNION ALL
+SELECT k.provider, min(k.opens_at) > clock_timestamp() + $1 * interval '1 second',
+    format('no key of it can start a call within %s s: %s', $1::float8, string_agg(format('%s %s', k.alias, CASE
+        WHEN k.paused THEN 'is paused' WHEN k.rested_until > clock_timestamp() THEN 'rests' || coalesce(' (' || k.rest_reason || ')', '')
+        ELSE 'has spent its budget for today' END), ', ' ORDER BY k.alias))
+FROM (
+    SELECT k.*, CASE WHEN k.paused OR k.daily_budget = 0 THEN 'infinity' ELSE greatest(k.rested_until,
+        CASE WHEN k.spent_on = t.today AND k.spent >= k.daily_budget THEN (t.today + 1)::timestamp AT TIME ZONE 'UTC' END) END AS opens_at
+    FROM jobdaemon.provider_keys k CROSS JOIN (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date AS today) AS t
+) AS k
+GROUP BY k.provider HAVING bool_and(coalesce(k.opens_at > clock_timestamp(), false)) AND NOT bool_and(k.paused);
+
+-- name: waiting_batches
+-- Ready batches of queue $1 in claim order, $2 passed over, $3 at most. One that has bought something stays, unless calls cost
+-- nothing here ($4): only its provider can say what became of that.
+SELECT j.id, (j.args ->> 'order_id')::bigint AS order_id
+FROM jobdaemon.procrastinate_jobs j
+WHERE j.queue_name = $1 AND j.status = 'todo' AND j.scheduled_at IS NULL AND j.task_name = 'jobdaemon.generate'
+    AND ($4 OR NOT j.args ? 'call' AND NOT EXISTS (
+        SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = j.id AND c.outcome IS NULL))
+ORDER BY j.priority DESC, (CASE WHEN j.task_name LIKE 'jobdaemon.%' THEN (j.args ->> 'order_id')::bigint END), j.id
+OFFSET $2 LIMIT $3;
+
+-- name: lock_free_orders
+-- Open ones of these orders; those that somebody holds are left to the next look.
+SELECT o.id, o.plan, o.provider FROM jobdaemon.orders o
+WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL ORDER BY o.id FOR UPDATE SKIP LOCKED;
+
+-- name: lock_waiting
+-- Those of these jobs that still wait in queue $2.
+SELECT j.id, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token FROM jobdaemon.procrastinate_jobs j
+WHERE j.id = ANY ($1::bigint[]) AND j.queue_name = $2 AND j.status = 'todo' ORDER BY j.id FOR UPDATE SKIP LOCKED;
 
 -- name: record_attempts
 -- Why attempts did not succeed: {job_id, order_id, queue, attempt, token, daemon_id, seconds, outcome, error_kind, error}.

@@ -32,10 +32,11 @@ WHERE c.job_id = w.job_id AND c.outcome IS NULL
 RETURNING c.order_id;
 
 -- name: call_ended
--- {order_id, job_id, outcome, call_id}: the job's open call, or the one that is named.
+-- {order_id, job_id, outcome, call_id}: the job's open call, or the one that is named; only what was fetched before can expire.
 UPDATE jobdaemon.provider_calls c SET outcome = w.outcome, finished_at = coalesce(c.finished_at, now())
 FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, outcome text, call_id bigint)
-WHERE CASE WHEN w.call_id IS NULL THEN c.job_id = w.job_id AND c.outcome IS NULL ELSE c.id = w.call_id END
+WHERE CASE WHEN w.call_id IS NULL THEN c.job_id = w.job_id AND c.outcome IS NULL
+    ELSE c.id = w.call_id AND (c.outcome IS NULL OR w.outcome = 'expired') END
 RETURNING c.order_id;
 
 -- name: image_generated
@@ -86,8 +87,13 @@ UPDATE jobdaemon.orders o SET error = f.error FROM failed f WHERE o.id = f.order
 RETURNING o.id AS order_id;
 
 -- name: images_removed
--- {order_id}: all stored images of an ended order are gone; nothing else counts them again.
-WITH removed AS (
+-- {order_id}: all stored images of an ended order are gone; nothing else counts them again. What the cache has of them goes too.
+WITH uncached AS (
+    UPDATE jobdaemon.cache SET dropped_at = now() WHERE id IN (
+        SELECT c.id FROM jobdaemon.cache c
+        WHERE c.order_id IN (SELECT w.order_id FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)) AND c.dropped_at IS NULL
+        ORDER BY c.key FOR UPDATE)
+), removed AS (
     UPDATE jobdaemon.images i SET status = 'cancelled', object_key = NULL, url = NULL
     FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint)
     WHERE i.order_id = w.order_id AND i.status = 'stored'
@@ -188,6 +194,33 @@ FROM jobdaemon.images WHERE order_id = $1 AND index = $2;
 SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls
 WHERE job_id = $1 AND outcome IS NULL
 ORDER BY id DESC LIMIT 1;
+
+-- name: unfinished_call
+-- A call whose end is unknown.
+SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls WHERE id = $1 AND outcome IS NULL;
+
+-- name: pending_images
+-- What is still to be made of these (locked) orders.
+SELECT order_id, index, prompt FROM jobdaemon.images WHERE order_id = ANY ($1::bigint[]) AND status = 'pending' ORDER BY index;
+
+-- name: abandon_calls
+-- Nobody goes on with the calls of these (locked) orders that have ended: see the function.
+SELECT jobdaemon.abandon_calls($1);
+
+-- name: abandoned_orders
+-- Ended orders with calls that nobody goes on with, as abandon_calls sees it; locked, those that somebody holds left out.
+SELECT o.id FROM jobdaemon.orders o
+WHERE o.finished_at IS NOT NULL AND o.id IN (
+    SELECT c.order_id FROM jobdaemon.provider_calls c
+    JOIN jobdaemon.orders p ON p.id = c.order_id AND p.finished_at IS NOT NULL
+    LEFT JOIN jobdaemon.procrastinate_jobs j ON j.id = c.job_id
+    WHERE c.outcome IS NULL AND (j.id IS NULL OR j.status NOT IN ('todo', 'doing', 'failed')
+            OR j.status = 'failed' AND p.status = 'cancelled')
+        AND NOT EXISTS (SELECT FROM jobdaemon.procrastinate_jobs a
+            WHERE (a.args ->> 'order_id')::bigint = c.order_id AND a.task_name LIKE 'jobdaemon.%' AND a.status IN ('todo', 'doing')
+                AND a.task_name = 'jobdaemon.abandon' AND a.args -> 'call_id' = to_jsonb(c.id))
+    ORDER BY c.order_id LIMIT $1)
+ORDER BY o.id FOR UPDATE SKIP LOCKED;
 
 -- name: collectable_call
 -- A call that ended well, whose results may be fetched once more.

@@ -40,12 +40,19 @@ SELECT (j.args ->> 'order_id')::bigint, j.id, j.task_name, j.status::text, j.arg
 FROM jobdaemon.procrastinate_jobs j
 WHERE (j.args ->> 'order_id')::bigint = ANY ($1::bigint[]) AND j.task_name LIKE 'jobdaemon.%' AND j.status IN ('cancelled', 'aborted');
 
+-- name: stray_calls
+-- Calls of theirs that may still give something, though the job that noted them is not open.
+SELECT c.order_id, c.provider, c.images FROM jobdaemon.provider_calls c
+WHERE c.order_id = ANY ($1::bigint[]) AND c.outcome IS NULL AND cardinality(c.images) > 0
+    AND NOT EXISTS (SELECT FROM jobdaemon.procrastinate_jobs j WHERE j.id = c.job_id AND j.status IN ('todo', 'doing'))
+ORDER BY c.id;
+
 -- name: hand_on_calls
 -- Jobs that were made again ask for the calls which their lost ones had noted, instead of buying others: {order_id, batch, first},
--- batch being the first image of the call and first that of the new job.
+-- batch being the first image of the call and first that of the new job, which is for the same provider.
 UPDATE jobdaemon.provider_calls c SET job_id = j.id
 FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, batch integer, first integer)
 JOIN jobdaemon.procrastinate_jobs j ON (j.args ->> 'order_id')::bigint = w.order_id AND j.task_name LIKE 'jobdaemon.%'
     AND j.task_name = 'jobdaemon.generate' AND j.status = 'todo' AND j.args -> 'images' @> to_jsonb(w.first)
-WHERE c.order_id = w.order_id AND c.batch = w.batch AND c.outcome IS NULL
+WHERE c.order_id = w.order_id AND c.batch = w.batch AND c.outcome IS NULL AND j.queue_name = 'generate.' || c.provider
     AND NOT EXISTS (SELECT FROM jobdaemon.procrastinate_jobs held WHERE held.id = c.job_id AND held.status IN ('todo', 'doing'));

@@ -141,6 +141,15 @@ BEGIN
             (coalesce(CASE WHEN task_name LIKE ''jobdaemon.%'' THEN args ->> ''customer'' END, '''') COLLATE "C"), priority DESC,
             (CASE WHEN task_name LIKE ''jobdaemon.%'' THEN (args ->> ''order_id'')::bigint END), id)
             WHERE status = ''todo'' AND scheduled_at IS NULL'),
+        -- behind a customer who has had his share: claim order in each of 64 lanes of customers, and from customer to customer in a lane
+        ('jobs_lane_idx', '((hashtext(queue_name COLLATE "C")::bigint * 64 + (hashtext((args ->> ''customer'') COLLATE "C") & 63)), priority DESC,
+            ((args ->> ''order_id'')::bigint), id)
+            WHERE status = ''todo'' AND scheduled_at IS NULL AND task_name LIKE ''jobdaemon.%'' AND (args ->> ''customer'') COLLATE "C" <> '''''),
+        ('jobs_lane_customer_idx', '((hashtext(queue_name COLLATE "C")::bigint * 64 + (hashtext((args ->> ''customer'') COLLATE "C") & 63)),
+            ((args ->> ''customer'') COLLATE "C"), priority DESC, ((args ->> ''order_id'')::bigint), id)
+            WHERE status = ''todo'' AND scheduled_at IS NULL AND task_name LIKE ''jobdaemon.%'' AND (args ->> ''customer'') COLLATE "C" <> '''''),
+        -- of ready jobs with one lock the first; empty where no app uses locks
+        ('jobs_lock_idx', '(lock) WHERE status = ''todo'' AND lock IS NOT NULL'),
         ('jobs_running_idx', '(queue_name, worker_id) WHERE status = ''doing'''),
         -- what has bought a task under a key and waits to collect it: few
         ('jobs_bought_idx', '(queue_name) WHERE status = ''todo'' AND scheduled_at IS NULL AND key_alias IS NOT NULL'),

@@ -78,7 +78,7 @@ CREATE TRIGGER queue_steered BEFORE UPDATE OF adaptive_limit, rested_until, circ
 
 -- The highest priority that a plan has in the stage of this queue (what stands before the dot in its name): lifted work there
 -- shares with work of at least this.
-CREATE FUNCTION top_priority(queue text) RETURNS integer
+CREATE OR REPLACE FUNCTION top_priority(queue text) RETURNS integer
 LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
 AS $$
     SELECT max(coalesce((p.stage_priority -> split_part(queue, '.', 1))::integer, p.priority)) FROM plans p;

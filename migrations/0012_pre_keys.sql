@@ -80,19 +80,6 @@ AS $$
             WHERE j.id = p_job AND c.external_task_id IS NOT NULL AND c.outcome IN ('succeeded', 'partial')))
 $$;
 
--- pick_shared_jobs as it is, but for p_except: jobs that may not start now.
-DO $$
-DECLARE
-    v_definition text := pg_get_functiondef('pick_shared_jobs(queues, integer, boolean)'::regprocedure);
-BEGIN
-    IF v_definition NOT LIKE '%p_has_lifted boolean)%' OR v_definition NOT LIKE '%v_except bigint[] := ''{}'';%' THEN
-        RAISE EXCEPTION 'cannot give pick_shared_jobs its exceptions: its text is not as expected';
-    END IF;
-    v_definition := replace(v_definition, 'p_has_lifted boolean)', 'p_has_lifted boolean, p_except bigint[])');
-    EXECUTE replace(v_definition, 'v_except bigint[] := ''{}'';', 'v_except bigint[] := p_except;');
-END;
-$$;
-
 -- pick_jobs as before, but for p_except.
 CREATE FUNCTION pick_jobs(p_queue queues, p_limit integer, p_except bigint[]) RETURNS bigint[]
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
@@ -139,9 +126,6 @@ BEGIN
     RETURN pick_jobs(p_queue, p_limit, '{}');
 END;
 $$;
--- Nobody else called it.
--- squawk-ignore ban-drop-function
-DROP FUNCTION pick_shared_jobs(queues, integer, boolean);
 
 -- How many jobs may buy under this key now, of those p_room that may run under it besides what runs.
 CREATE FUNCTION key_free(p_key provider_keys, p_room bigint, p_now timestamptz) RETURNS bigint
@@ -376,6 +360,8 @@ BEGIN
         PERFORM pg_advisory_xact_lock(1784835684, v_queue.id);
         SELECT * INTO v_queue FROM queues q WHERE q.name = p_queue;
     END IF;
+    -- Only here: the lease may have lapsed while we waited for the lock.
+    PERFORM require_lease(p_worker);
     v_limit := queue_capacity(v_queue, p_limit);
     IF v_queue.name IS NULL OR v_limit IS NULL OR v_limit <= 0 THEN
         RETURN;
