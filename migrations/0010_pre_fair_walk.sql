@@ -152,8 +152,8 @@ $$;
 
 -- Deals up to p_limit slots to candidates in turn: those below the share first; then, p_with_surplus, round and round to who runs
 -- least. Lifted work goes first, but after p_passed starts of work of priority p_top or more only when that makes three.
--- crossed: the sources whose edge was passed, so that this may be wrong; minus the source, unless it is a customer, where the job at
--- the edge was not taken. Sources above p_blocks are customers: passing their edge is harmless where they could not have had more.
+-- crossed: the sources whose edge was passed, so that this may be wrong; minus the source where the job at the edge was not
+-- taken. Sources above p_blocks are customers: passing their edge is harmless where they could not have had more.
 CREATE FUNCTION deal_slots(
     p_limit integer, p_share integer, p_top integer, p_passed integer, p_held jsonb, p_with_surplus boolean, p_blocks integer,
     p_ids bigint[], p_priorities integer[], p_customers text[], p_edges integer[], p_lifted_count integer,
@@ -194,7 +194,7 @@ BEGIN
                     EXIT WHEN NOT v_is_taken[v_place] AND v_running < v_level AND p_ids[v_place] IS NOT NULL;
                     v_edge := p_edges[v_place];
                     IF v_edge <> 0 AND (v_edge <= p_blocks OR v_running < v_level) THEN
-                        v_edge := CASE WHEN v_is_taken[v_place] OR v_edge > p_blocks THEN v_edge ELSE -v_edge END;
+                        v_edge := CASE WHEN v_is_taken[v_place] THEN v_edge ELSE -v_edge END;
                         IF v_edge <> ALL (crossed) THEN
                             crossed := crossed || v_edge;
                         END IF;
