@@ -292,9 +292,10 @@ class Chaos:
         figures.orders = await pool.fetchval("SELECT count(*) FROM jobdaemon.orders")
         figures.failed_by_kill = await pool.fetchval(
             "SELECT (SELECT count(*) FROM jobdaemon.orders WHERE status IN ('partial', 'failed', 'cancelled'))"
-            # A worker that died between its last image and its end leaves a job that the rescue drops once the order has completed.
-            " + (SELECT count(*) FROM jobdaemon.procrastinate_jobs j WHERE j.status IN ('failed', 'cancelled') OR j.status = 'aborted'"
-            " AND NOT EXISTS (SELECT FROM jobdaemon.orders o WHERE o.id = (j.args ->> 'order_id')::bigint AND o.status = 'completed'))"
+            # A worker that died between its last image and its end leaves a job that the rescue drops: its order is complete.
+            " + (SELECT count(*) FROM jobdaemon.procrastinate_jobs j WHERE j.status IN ('failed', 'cancelled')"
+            "  OR j.status = 'aborted' AND NOT EXISTS (SELECT FROM jobdaemon.orders o"
+            "   WHERE o.id = (j.args ->> 'order_id')::bigint AND o.status = 'completed'))"
         )
         figures.rescued = await pool.fetchval("SELECT count(*) FROM jobdaemon.attempts WHERE outcome = 'interrupted'")
         figures.used_share = round(sum(self._samples) / max(len(self._samples), 1), 3)
