@@ -100,7 +100,7 @@ class Order:
         """Half of its images of the good prompt, half of the bad one; of the good one alone if there is one."""
         with Image.open(PORTRAIT) as portrait:
             out = io.BytesIO()
-            portrait.resize((128, 128)).save(out, "PNG")
+            portrait.resize((384, 384)).save(out, "PNG")
         key = source_key(hashlib.sha256(out.getvalue()).hexdigest(), "png")
         await daemon.artifacts.put(key, out.getvalue(), "image/png")
         prompts = (GOOD, BAD) if images > 1 else (GOOD,)
