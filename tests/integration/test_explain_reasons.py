@@ -230,6 +230,13 @@ async def _ended(world: World) -> int:
     return job_id
 
 
+async def _moved(world: World) -> int:
+    # How a batch gets there is told in test_fallback.py.
+    order_id = world.claimed.orders("Free")
+    [job_id] = world.defer("generate.local", order_id=order_id, images=[1], tried=["other"])
+    return job_id
+
+
 Z = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 #: Reason -> (how it comes about, what is said of it, other reasons that then hold too). The words are a regular expression.
 WAYS: dict[str, tuple[Callable[[World], Awaitable[int]], str, list[str]]] = {
@@ -267,6 +274,7 @@ WAYS: dict[str, tuple[Callable[[World], Awaitable[int]], str, list[str]]] = {
     "running": (_running, rf"it runs on test \(daemon \d+\) since {Z}", []),
     "given_up": (_given_up, "it was given up: broken for ever", []),
     "ended": (_ended, "it has ended: cancelled", []),
+    "moved": (_moved, "it was moved from other", ["ready"]),
 }
 
 
