@@ -59,6 +59,7 @@ class Transition:
         signal: what the error says of the queue, or of the key.
         retry_after: how long the other side asked us to wait, with a signal.
         ran_by: the daemon whose attempt this was, where another one ends it.
+        last_beat: where another daemon ends it: only if that one's last heartbeat is still this one, ``""`` for none.
         move: where the job goes on, when it is moved.
     """
 
@@ -73,6 +74,7 @@ class Transition:
     signal: Signal | None = None
     retry_after: timedelta | None = None
     ran_by: int | None = None
+    last_beat: str | None = None
     move: Move | None = None
 
 

@@ -62,14 +62,14 @@ _STATUS = {
 _SPENDS_AN_ATTEMPT = {End.SUCCEEDED, End.RETRY, End.FAILED}
 
 
-def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool, is_living: bool = False) -> Ruling:
+def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool, has_beaten: bool = False) -> Ruling:
     """
     Decide about one transition.
 
     Args:
         held: the job's row, locked; None when it is gone.
         order_has_ended: its order is completed, partial, failed, cancelled or gone.
-        is_living: the daemon that runs it beats; a rescue may come after that.
+        has_beaten: the daemon that runs it has beaten since another one found it lost.
     """
     job, end = transition.job, transition.end
     if held is None or held.token != job.token:
@@ -77,7 +77,7 @@ def rule(transition: Transition, held: HeldJob | None, *, order_has_ended: bool,
     if held.status != JobStatus.DOING:
         # Only the holder of the token can have ended the job and left the token in place: our earlier try did commit.
         return Ruling(Verdict.LEASE_LOST if end is End.CHECKPOINT else Verdict.ACCEPTED, job)
-    if end is End.INTERRUPTED and is_living:
+    if has_beaten:
         return Ruling(Verdict.LEASE_LOST, job)
     # What became of a call is true whatever became of its order: the id of a task that is to be stopped has to be known.
     notes = replace(transition, writes=tuple(write for write in transition.writes if isinstance(write, CallAccepted | CallEnded)))

@@ -63,6 +63,8 @@ class Heartbeat:
         self._beaten = asyncio.Event()
         self._lost_at: float | None = None
         self._was_ready = False
+        #: Whether a beat has failed since the last one that succeeded.
+        self._has_failed = False
         #: When the last beat stops being trusted, and the timer that rings then.
         self._trusted_until = 0.0
         self._watch: asyncio.TimerHandle | None = None
@@ -76,6 +78,15 @@ class Heartbeat:
     def beat_now(self) -> None:
         """Do not wait for the interval: the listening connection was lost."""
         self._now.set()
+
+    def may_rescue(self) -> bool:
+        """
+        Whether no beat has failed since the last one that succeeded.
+
+        After an outage of Postgres every daemon looks silent. The database knows how steadily this one has beaten, but not that
+        it tried in vain.
+        """
+        return not self._has_failed
 
     def beat_first(self) -> None:
         """The database refused a claim, because the lease has lapsed by its clock or this daemon's row is gone."""
@@ -121,12 +132,14 @@ class Heartbeat:
         try:
             await self._beat_once(self._patience(began))
         except DatabaseUnavailableError as error:
+            self._has_failed = True
             if self._lost_at is None:
                 self._lost_at = loop.time()
                 self._events.emit(DatabaseLost(error=str(error)))
             self._failed(is_answering=await self._store.answers(timeout=self._patience(loop.time())))
             return
         except Exception as error:  # noqa: BLE001 - the heart goes on
+            self._has_failed = True
             self._events.emit(UpkeepFailed(error=f"heartbeat: {type(error).__name__}: {error}"))
             self._failed(is_answering=True)
             return
@@ -142,7 +155,7 @@ class Heartbeat:
         loop = asyncio.get_running_loop()
         self._leased_at = began
         self._trusted_until = began + _TRUSTED * self._lease_s
-        self._answers, self._has_stalled = 0, False
+        self._answers, self._has_stalled, self._has_failed = 0, False, False
         if self._watch is not None:
             self._watch.cancel()
         self._watch = loop.call_at(self._trusted_until, self._ring)
@@ -186,6 +199,9 @@ class Heartbeat:
         return timedelta(seconds=patience_s)
 
     async def _beat_once(self, timeout: timedelta) -> None:  # noqa: ASYNC109 - the statement's
-        if self.daemon_id is None or not await self._store.heartbeat(self.daemon_id, lease=self._lease, timeout=timeout):
+        if self.daemon_id is None or not await self._renew(self.daemon_id, timeout):
             self.daemon_id = await self._register()
-            await self._store.heartbeat(self.daemon_id, lease=self._lease, timeout=timeout)
+            await self._renew(self.daemon_id, timeout)
+
+    async def _renew(self, daemon_id: int, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
+        return await self._store.heartbeat(daemon_id, lease=self._lease, timeout=timeout, is_steady=not self._has_failed)

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -23,7 +23,7 @@ from jobdaemon.domain.fallback import FallbackRules, Trouble
 from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.mending import OrderCall, OrderImage, OrderJob, StrayOrder, mend
-from jobdaemon.domain.outcome import End, Transition, Verdict
+from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
 from jobdaemon.domain.write import OrderFailed
@@ -89,6 +89,20 @@ class Promoted:
     next_due: timedelta | None
     has_expired: bool
     has_overdue: bool = False
+
+
+class LostJob(NamedTuple):
+    """
+    A running job that nobody runs.
+
+    Attributes:
+        owner: the daemon it belongs to; None when there is none.
+        last_beat: the owner's last heartbeat, as the database writes it; ``""`` when there is none.
+    """
+
+    job: Job
+    owner: int | None
+    last_beat: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +237,23 @@ class PostgresJobStore:
             if rows := [asdict(key) for key in keys]:
                 await connection.execute(_JOBS["ensure_keys"], json.dumps(rows))
 
-    async def heartbeat(self, daemon_id: int, *, lease: timedelta, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
-        """Renew the *lease* of all this daemon's jobs; False when its row is gone and it must register again."""
-        lease_s, timeout_s = lease.total_seconds(), timeout.total_seconds()
+    async def heartbeat(
+        self,
+        daemon_id: int,
+        *,
+        lease: timedelta,
+        timeout: timedelta,  # noqa: ASYNC109 - the statement's
+        is_steady: bool = True,
+    ) -> bool:
+        """
+        Renew the *lease* of all this daemon's jobs; False when its row is gone and it must register again.
+
+        Args:
+            is_steady: whether no beat has failed since the last one that succeeded.
+        """
+        arguments = daemon_id, lease.total_seconds(), is_steady
         async with self._pulse.use() as connection:
-            return await connection.fetchval(_JOBS["heartbeat"], daemon_id, lease_s, timeout=timeout_s) is not None
+            return await connection.fetchval(_JOBS["heartbeat"], *arguments, timeout=timeout.total_seconds()) is not None
 
     async def answers(self, *, timeout: timedelta) -> bool:  # noqa: ASYNC109 - the statement's
         """Whether the database answers, and takes writes, now; never raises."""
@@ -272,7 +298,7 @@ class PostgresJobStore:
         Up to *limit* ready jobs, highest priority first, then oldest; they run under this daemon's lease from now on.
 
         Raises:
-            LeaseLostError: a heartbeat has to come first: this daemon was silent for most of its lease, or its row is gone.
+            LeaseLostError: a heartbeat has to come first: this daemon was silent for half its lease, or its row is gone.
             RowsLockedError: somebody has held the queue's lock for a second.
         """
         records = await self._claim(queue, daemon_id, limit, None)
@@ -301,7 +327,7 @@ class PostgresJobStore:
             except asyncpg.ForeignKeyViolationError as error:
                 raise LeaseLostError("somebody removed this daemon's row") from error
             except asyncpg.ObjectNotInPrerequisiteStateError as error:
-                raise LeaseLostError("this daemon was silent for most of its lease") from error
+                raise LeaseLostError("this daemon was silent for half its lease") from error
         is_probe = any(record["id"] is not None and record["circuit_before"] == "open" for record in records)
         if is_probe and self._on_probe is not None:
             self._on_probe(queue)
@@ -415,22 +441,23 @@ class PostgresJobStore:
         ]
 
     async def lost_jobs(
-        self, daemon_id: int, running: Iterable[int], *, lease: timedelta, limit: int = 500
-    ) -> list[tuple[Job, int | None]]:
+        self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500
+    ) -> list[LostJob]:
         """
-        Running jobs that nobody runs, and the id of the worker each belongs to; and jobs of *running* that belong to nobody.
+        Running jobs that nobody runs; and jobs of *running* that belong to nobody.
 
         The database judges others only for a daemon whose own heartbeats have come without a gap for a whole lease.
 
         Args:
             running: jobs this daemon knows that it runs; a job of its own that is missing here was claimed in vain, because the
                 answer to the claim was lost.
-            lease: a worker that was silent for longer, and for longer than its own lease, has lost its jobs.
+            lease: a worker that was silent for longer, and for longer than its own lease, has lost its jobs; None leaves other
+                workers alone.
         """
-        lease_s = lease.total_seconds()
+        lease_s = None if lease is None else lease.total_seconds()
         async with self._upkeep.use() as connection:
             records = await connection.fetch(_JOBS["lost_jobs"], lease_s, limit, daemon_id, list(running))
-        return [(_job(record, record["queue_name"]), record["worker_id"]) for record in records]
+        return [LostJob(_job(record, record["queue_name"]), record["worker_id"], record["last_beat"]) for record in records]
 
     async def adopt_jobs(self, daemon_id: int, jobs: Iterable[Job]) -> None:
         """Take jobs that run here along under a new id, after somebody removed this daemon's row; what is held is left."""
@@ -472,14 +499,13 @@ class PostgresJobStore:
                 record["id"]: fence.HeldJob(record["status"], record["token"], record["abort_requested"])
                 for record in await connection.fetch(_JOBS["lock_jobs"], sorted(t.job.id for t in transitions))
             }
-            lost = [t.job.id for t in transitions if t.end is End.INTERRUPTED]
-            living = {record["id"] for record in await connection.fetch(_JOBS["living_jobs"], lost)} if lost else set()
+            living = await self._living_jobs(connection, transitions)
             rulings = [
                 fence.rule(
                     transition,
                     held.get(transition.job.id),
                     order_has_ended=transition.job.order_id in ended,
-                    is_living=transition.job.id in living,
+                    has_beaten=transition.job.id in living,
                 )
                 for transition in transitions
             ]
@@ -499,6 +525,13 @@ class PostgresJobStore:
             if queues := sorted(set(wake)):
                 await connection.execute(_JOBS["wake_queues"], queues)
         return Committed([ruling.verdict for ruling in rulings], changes, news)
+
+    @staticmethod
+    async def _living_jobs(connection: db.Connection, transitions: Sequence[Transition]) -> set[int]:
+        seen = {t.job.id: t.last_beat for t in transitions if t.last_beat is not None}
+        if not seen:
+            return set()
+        return {record["id"] for record in await connection.fetch(_JOBS["living_jobs"], list(seen), list(seen.values()))}
 
     async def locked_jobs(self, jobs: Iterable[Job]) -> set[int]:
         """Those of these jobs whose commit would have to wait: somebody holds the job, its order or an image of that."""

@@ -149,6 +149,7 @@ class Supervisor:
             poll=engine.poll,
             lease=engine.lease,
             daemon_id=lambda: self.daemon_id,
+            may_rescue=self._heartbeat.may_rescue,
             on_drain=self._drain,
             images_per_call=images_per_call,
             fallback=fallback,

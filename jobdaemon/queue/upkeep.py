@@ -22,7 +22,7 @@ from jobdaemon.domain.retry import MAX_DEATHS, after_death
 from jobdaemon.errors import DatabaseUnavailableError
 from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, ProviderChanged, UpkeepFailed
 from jobdaemon.queue.committer import Committer
-from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, PostgresJobStore
+from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, LostJob, PostgresJobStore
 from jobdaemon.queue.team import Team
 
 #: The share by which a round may come earlier, so that daemons started together drift apart.
@@ -57,6 +57,7 @@ class Upkeep:
         poll: timedelta,
         lease: timedelta,
         daemon_id: Callable[[], int],
+        may_rescue: Callable[[], bool],
         on_drain: Callable[[bool], None],
         images_per_call: Callable[[str], int],
         fallback: FallbackRules | None = None,
@@ -67,6 +68,7 @@ class Upkeep:
             fallback: who takes over what waits for a provider in trouble; nobody when None.
             on_drain: told at each look whether this daemon is to claim nothing more.
             daemon_id: this daemon's, at the moment.
+            may_rescue: whether it has not missed a heartbeat; the database knows the rest.
         """
         self._store = store
         self._teams = teams
@@ -75,6 +77,7 @@ class Upkeep:
         self._poll_s = poll.total_seconds()
         self._lease = lease
         self._daemon_id = daemon_id
+        self._may_rescue = may_rescue
         self._on_drain = on_drain
         self._new_team_sizes: dict[str, int] | None = None
         #: Jobs (id, token) that were ours by the last look though no attempt of ours ran them.
@@ -216,34 +219,31 @@ class Upkeep:
     async def _rescue(self) -> None:
         daemon_id = self._daemon_id()
         running = [job.id for team in self._teams.values() for job in team.running_jobs]
-        lost = [
-            (job, owner)
-            for job, owner in await self._store.lost_jobs(daemon_id, running, lease=self._lease)
-            if (job.id, job.token) not in self._ends
-        ]
+        found = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
+        lost = [one for one in found if (one.job.id, one.job.token) not in self._ends]
         # Before anything else is awaited: the answer to a claim comes before this, and the job runs, or after it, and is dropped.
-        strays = {(job.id, job.token): job for job, owner in lost if owner == daemon_id}
+        strays = {(one.job.id, one.job.token): one.job for one in lost if one.owner == daemon_id}
         # Not at the first look: most answers are on their way for an instant.
         given_up = [job for key, job in strays.items() if key in self._strays and self._disown(job)]
         self._strays = set(strays)
-        dead: list[tuple[Job, int | None]] = [(job, owner) for job, owner in lost if owner not in (None, daemon_id)]
-        dead += [(job, None) for job in await self._take_in([job for job, owner in lost if owner is None])]
-        company = Counter(owner for _, owner in dead)
-        ends = [(await self._rescued(job, owner, company[owner] == 1), owner) for job, owner in dead]
-        await self._commit_ends([*ends, *((_stray(job), daemon_id) for job in given_up)])
+        dead = [one for one in lost if one.owner not in (None, daemon_id)]
+        dead += await self._take_in([one for one in lost if one.owner is None])
+        company = Counter(one.owner for one in dead)
+        ends = [await self._rescued(one, ran_alone=company[one.owner] == 1) for one in dead]
+        await self._commit_ends([*ends, *(_stray(job, daemon_id) for job in given_up)])
 
-    async def _take_in(self, ownerless: list[Job]) -> list[Job]:
+    async def _take_in(self, ownerless: list[LostJob]) -> list[LostJob]:
         """
         Somebody removed the row of the daemon that runs these. It needs a heartbeat to notice, and takes them along under its new
         id, as we do here; those that have been nobody's for a whole lease are lost.
         """
         now = asyncio.get_running_loop().time()
         ours = {job.id: job.token for team in self._teams.values() for job in team.running_jobs}
-        if own := [job for job in ownerless if job.id in ours and ours[job.id] == job.token]:
+        if own := [job for job, _, _ in ownerless if job.id in ours and ours[job.id] == job.token]:
             await self._store.adopt_jobs(self._daemon_id(), own)
-        others = {(job.id, job.token): job for job in ownerless if job.id not in ours}
+        others = {(one.job.id, one.job.token): one for one in ownerless if one.job.id not in ours}
         self._ownerless = {key: self._ownerless.get(key, now) for key in others}
-        return [job for key, job in others.items() if now - self._ownerless[key] >= self._lease.total_seconds()]
+        return [one for key, one in others.items() if now - self._ownerless[key] >= self._lease.total_seconds()]
 
     def _disown(self, job: Job) -> bool:
         team = self._teams.get(job.queue)
@@ -280,22 +280,22 @@ class Upkeep:
                 if look.seen < _MOVE_LIMIT:
                     break
 
-    async def _rescued(self, job: Job, owner: int | None, ran_alone: bool) -> Transition:
+    async def _rescued(self, lost: LostJob, *, ran_alone: bool) -> Transition:
         other_deaths = 0
-        if job.deaths + 1 >= MAX_DEATHS:
-            other_deaths = await self._store.other_deaths(job, owner, lease=self._lease)
+        if lost.job.deaths + 1 >= MAX_DEATHS:
+            other_deaths = await self._store.other_deaths(lost.job, lost.owner, lease=self._lease)
         transition = after_death(
-            job, ran_alone=ran_alone, other_deaths=other_deaths, dead=lambda reason: writes_when_dead(job, reason)
+            lost.job, ran_alone=ran_alone, other_deaths=other_deaths, dead=lambda reason: writes_when_dead(lost.job, reason)
         )
-        return replace(transition, ran_by=owner)
+        return replace(transition, ran_by=lost.owner, last_beat=lost.last_beat)
 
-    async def _commit_ends(self, ends: list[tuple[Transition, int | None]]) -> None:
+    async def _commit_ends(self, ends: list[Transition]) -> None:
         commits: dict[asyncio.Future[Verdict], int | None] = {}
-        for transition, owner in ends:
+        for transition in ends:
             key = (transition.job.id, transition.job.token)
             self._ends[key] = end = asyncio.ensure_future(self._committer.commit(transition))
             end.add_done_callback(partial(self._ended, key))
-            commits[end] = owner
+            commits[end] = transition.ran_by
         if not commits:
             return
         done, _ = await asyncio.wait(commits, timeout=_COMMIT_PATIENCE_S)
@@ -307,5 +307,5 @@ class Upkeep:
         del self._ends[key]
 
 
-def _stray(job: Job) -> Transition:
-    return Transition(job, End.HANDED_BACK, error="the answer to the claim was lost")
+def _stray(job: Job, daemon_id: int) -> Transition:
+    return Transition(job, End.HANDED_BACK, error="the answer to the claim was lost", ran_by=daemon_id)

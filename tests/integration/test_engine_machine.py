@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import after_death
-from jobdaemon.queue.store import PostgresJobStore
+from jobdaemon.queue.store import LostJob, PostgresJobStore
 from tests.factories import SOURCE, Row, Sql, generated
 
 QUEUE = "generate.local"
@@ -117,15 +117,17 @@ class Reference:
         assert job.status == "todo", "a job was claimed that does not wait"
         job.status, job.worker, job.token, job.is_forfeit = "doing", worker, token, False
 
-    def committed(self, transition: Transition) -> Verdict:
-        """Apply what should apply; the verdict that should come."""
+    def committed(self, transition: Transition, *, is_late: bool) -> Verdict:
+        """Apply what should apply, where *is_late* not a rescue; the verdict that should come."""
         job, end = self.jobs[transition.job.id], transition.end
         if job.token != transition.job.token:
             return Verdict.LEASE_LOST
         if job.status != "doing":
             return Verdict.LEASE_LOST if end is End.CHECKPOINT else Verdict.ACCEPTED
-        if end is End.INTERRUPTED and not job.is_forfeit:
+        if is_late:
             return Verdict.LEASE_LOST
+        if end is End.INTERRUPTED:
+            assert job.is_forfeit, "a job was taken from a daemon that beats"
         if end is End.CHECKPOINT:
             if job.is_cancelled:
                 return Verdict.ORDER_ENDED
@@ -156,7 +158,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.reference = Reference()
         self.claimed: list[Job] = []  # every claim ever made, whatever became of it
         self.sent: list[Transition] = []
-        self.found: list[Job] = []  # by looks, not rescued yet
+        self.found: list[LostJob] = []  # by looks, not rescued yet
 
     @initialize(jobs=st.integers(4, 8), limit=LIMITS)
     def begin(self, jobs: int, limit: int | None) -> None:
@@ -241,8 +243,12 @@ class EngineMachine(RuleBasedStateMachine):
         self._commit([self.sent[-1 - pick % len(self.sent)]])
 
     def _commit(self, transitions: list[Transition]) -> None:
+        beats = {job_id: row["beat"] for job_id, row in self._rows().items()}
+        late = [t.last_beat not in (None, beats[t.job.id]) for t in transitions]
         committed = self.run_(self.bench.store.commit(transitions, daemon_id=None))
-        assert committed.verdicts == [self.reference.committed(transition) for transition in transitions]
+        assert committed.verdicts == [
+            self.reference.committed(t, is_late=is_late) for t, is_late in zip(transitions, late, strict=True)
+        ]
         self.sent += transitions
 
     # Silence and rescue
@@ -261,7 +267,9 @@ class EngineMachine(RuleBasedStateMachine):
         busy = sorted({job.worker or 0 for job in self.reference.jobs.values() if job.status == "doing"})
         daemon = busy[number % len(busy)]
         self.bench.sql.execute(
-            "UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 hour' WHERE id = %s", [daemon]
+            "UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 hour'"
+            " WHERE id = %s AND last_heartbeat > now() - interval '1 minute'",
+            [daemon],
         )
         self.silent.add(daemon)
         for job in self.reference.jobs.values():
@@ -277,21 +285,26 @@ class EngineMachine(RuleBasedStateMachine):
         )
         mine = [job_id for job_id, job in self.reference.jobs.items() if job.worker == daemon and job.status == "doing"]
         lost = self.run_(self.bench.store.lost_jobs(daemon, mine, lease=LEASE))
-        assert {job.id for job, _ in lost} == {
+        assert {job.id for job, _, _ in lost} == {
             job_id
             for job_id, job in self.reference.jobs.items()
             if is_steady and job.status == "doing" and job.worker in self.silent
         }
-        self.found += [job for job, _ in lost]
+        self.found += lost
         if is_prompt:
             self.rescue()
 
     @precondition(lambda self: self.found)
     @rule()
     def rescue(self) -> None:
-        found, self.found = {job.id: job for job in self.found}, []
+        found, self.found = {lost.job.id: lost for lost in self.found}, []
         if found:
-            self._commit([after_death(job, ran_alone=False, other_deaths=0, dead=lambda _: ()) for job in found.values()])
+            self._commit(
+                [
+                    replace(after_death(job, ran_alone=False, other_deaths=0, dead=lambda _: ()), last_beat=last_beat)
+                    for job, _, last_beat in found.values()
+                ]
+            )
             # A second death would rest the job: let it in at once.
             self.bench.sql.execute("UPDATE jobdaemon.procrastinate_jobs SET scheduled_at = NULL WHERE status = 'todo'")
 
@@ -319,7 +332,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _rows(self) -> dict[int, Row]:
         rows = self.bench.sql.execute(
-            "SELECT j.id, j.status::text, j.token, j.worker_id, i.status AS image FROM jobdaemon.procrastinate_jobs j"
+            "SELECT j.id, j.status::text, j.token, j.worker_id, i.status AS image, coalesce(w.last_heartbeat::text, '') AS beat"
+            " FROM jobdaemon.procrastinate_jobs j LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id"
             " JOIN jobdaemon.images i ON i.order_id = (j.args ->> 'order_id')::bigint AND i.index = 1"
         ).fetchall()
         return {row["id"]: row for row in rows}

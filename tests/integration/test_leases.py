@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import psycopg
 import pytest
 
+from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import Verdict
 from jobdaemon.domain.retry import after_death
 from jobdaemon.errors import LeaseLostError
@@ -194,7 +195,7 @@ async def _beat(store: PostgresJobStore, daemon: int) -> None:
 
 
 async def _found(store: PostgresJobStore, looker: int) -> list[int | None]:
-    return [owner for _, owner in await store.lost_jobs(looker, [], lease=LEASE)]
+    return [lost.owner for lost in await store.lost_jobs(looker, [], lease=LEASE)]
 
 
 @pytest.mark.parametrize("leap", ["-1 minute", "-1 hour", "1 minute", "1 hour", "-8 seconds", "8 seconds"])
@@ -273,8 +274,13 @@ async def test_nobody_that_lives_is_rescued(engine_database: str, order_factory:
         await asyncio.sleep(1.5 * QUICK.lease.total_seconds())  # both are steady
         if mishap == "a lock":
             with psycopg.connect(engine_database) as locker:
+                locker.execute("SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
+                locker.execute("SAVEPOINT looks_wait")
                 locker.execute("LOCK TABLE jobdaemon.procrastinate_workers IN ACCESS EXCLUSIVE MODE")
                 await asyncio.sleep(2 * QUICK.lease.total_seconds())
+                # Looks go on, beats do not yet.
+                locker.execute("ROLLBACK TO looks_wait")
+                await asyncio.sleep(0.5 * QUICK.lease.total_seconds())
         else:
             time.sleep(2 * QUICK.lease.total_seconds())  # noqa: ASYNC251 - both daemons are in this process
         await asyncio.sleep(0.5 * QUICK.lease.total_seconds())  # some looks
@@ -292,14 +298,32 @@ async def test_a_rescue_comes_too_late_for_a_daemon_that_beats_again(
     """What was found lost is its daemon's own again when that beats before the rescue is committed."""
     looker, worker = await _two_daemons(store, claimed_job_factory, sql)
     sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 minute' WHERE id = %s", [worker])
-    [(job, _)] = await store.lost_jobs(looker, [], lease=LEASE)
-    rescue = after_death(job, ran_alone=False, other_deaths=0, dead=lambda _: ())
-    await _beat(store, worker)
-    assert (await store.commit([rescue], daemon_id=looker)).verdicts == [Verdict.LEASE_LOST]
+    job, verdict = await _rescued(store, looker, meanwhile=_beat(store, worker))
+    assert verdict is Verdict.LEASE_LOST
     [row] = claimed_job_factory.orders.jobs(job.order_id or 0)
     assert (row["status"], row["token"], row["deaths"]) == ("doing", job.token, None)
     sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 minute' WHERE id = %s", [worker])
-    assert (await store.commit([rescue], daemon_id=looker)).verdicts == [Verdict.ACCEPTED]
+    assert (await _rescued(store, looker, meanwhile=asyncio.sleep(0)))[1] is Verdict.ACCEPTED
+
+
+async def test_a_rescue_comes_too_late_for_jobs_that_came_along(
+    store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql
+) -> None:
+    """A job without a daemon that was found lost is left alone when its daemon has taken it along meanwhile."""
+    looker, worker = await _two_daemons(store, claimed_job_factory, sql)
+    sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [worker])
+    again = await store.register(host="test", pid=3, version="0", queues={}, was=worker)
+    [job] = [lost.job for lost in await store.lost_jobs(looker, [], lease=LEASE)]
+    assert (await _rescued(store, looker, meanwhile=store.adopt_jobs(again, [job])))[1] is Verdict.LEASE_LOST
+
+
+async def _rescued(store: PostgresJobStore, looker: int, *, meanwhile: Awaitable[None]) -> tuple[Job, Verdict]:
+    """Find the one job that is lost; let something else happen; rescue it."""
+    [lost] = await store.lost_jobs(looker, [], lease=LEASE)
+    rescue = after_death(lost.job, ran_alone=False, other_deaths=0, dead=lambda _: ())
+    await meanwhile
+    [verdict] = (await store.commit([replace(rescue, last_beat=lost.last_beat)], daemon_id=looker)).verdicts
+    return lost.job, verdict
 
 
 async def test_jobs_come_along_when_a_daemons_row_is_removed(engine_database: str, order_factory: Orders, sql: Sql) -> None:
@@ -338,10 +362,10 @@ async def test_jobs_of_a_removed_daemon_that_is_gone_are_rescued(
 async def test_a_claim_under_a_lapsed_lease_is_refused(
     store: PostgresJobStore, daemon_id: int, job_factory: Jobs, sql: Sql
 ) -> None:
-    """A worker that was silent for most of its lease, or whose last beat is ahead of the clock, gets nothing before it beats."""
+    """A worker that was silent for half its lease, or whose last beat is ahead of the clock, gets nothing before it beats."""
     job_id = job_factory("upload")
     await _beat(store, daemon_id)
-    for leap in ("-12 seconds", "1 hour"):
+    for leap in ("-8 seconds", "1 hour"):
         sql.execute(SHIFT, {"by": leap})
         with pytest.raises(LeaseLostError):
             await store.claim("upload", daemon_id, 1)
@@ -356,7 +380,7 @@ async def test_the_lease_is_asked_for_after_the_lock(
     """A claim that waits for its queue's lock while its lease lapses is refused, though all was well when it was sent."""
     sql.execute("UPDATE jobdaemon.queues SET cluster_limit = 5 WHERE name = 'upload'")
     job_id = job_factory("upload")
-    await store.heartbeat(daemon_id, lease=timedelta(seconds=0.8), timeout=timedelta(seconds=5))
+    await store.heartbeat(daemon_id, lease=timedelta(seconds=1), timeout=timedelta(seconds=5))
     with psycopg.connect(engine_database) as locker:
         locker.execute("SELECT pg_advisory_xact_lock(1784835684, (SELECT id FROM jobdaemon.queues WHERE name = 'upload'))")
         claim = asyncio.ensure_future(store.claim("upload", daemon_id, 1))

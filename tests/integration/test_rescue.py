@@ -58,11 +58,12 @@ async def test_only_silent_or_removed_workers_lose_their_jobs(
 
     async def lost_ids() -> list[int]:
         _steady(sql, observer)
-        return [job.id for job, _ in await store.lost_jobs(observer, [], lease=LEASE)]
+        return [lost.job.id for lost in await store.lost_jobs(observer, [], lease=LEASE)]
 
     assert await lost_ids() == []
     _silence(sql, other)
     assert await lost_ids() == [lost]
+    assert await store.lost_jobs(observer, [], lease=None) == []
     sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [other])
     assert await lost_ids() == [lost]
 

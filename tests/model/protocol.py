@@ -40,6 +40,7 @@ from tests.model.state import (
     DEAD,
     DOING,
     ENDING,
+    FORESTALLED,
     FROZEN,
     GONE,
     LATE,
@@ -48,6 +49,7 @@ from tests.model.state import (
     NO_CLAIM,
     NO_LIMIT,
     NOBODY,
+    RESCUES,
     RESCUING,
     RETURNING,
     STORED_TWICE,
@@ -56,7 +58,6 @@ from tests.model.state import (
     TRUSTED,
     TWICE,
     UNFENCED,
-    UNSTEADY,
     Attempt,
     Claim,
     Daemon,
@@ -71,13 +72,18 @@ from tests.model.state import (
     has_lapsed_alone,
     in_phase,
     is_over,
+    regained,
     seen_by,
     with_attempt,
     with_daemon,
     with_job,
     with_limit_seen,
     without_attempts,
+    without_late,
 )
+
+#: When something is asked of the database.
+IN, BEFORE, NEVER = "in the statement", "before it", "never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +99,13 @@ class Rules:
         counts_under_lock: what runs is counted under the queue's lock, held until the claim has committed.
         counts_jobs: what runs is counted in the jobs; else in a table of leases that the engine's own ends clear.
         releases_by_timer: a slot is free once its claim is older than the lease, whatever its daemon does.
-        rescues_when_steady: only a daemon whose own beats went well for a whole lease looks for dead ones.
-        beats_before_claim: a daemon that was silent claims nothing before its next heartbeat.
-        claims_are_quick: assumed: no interval passes between a daemon's look at its own clock and its claim's turn.
-        looks_are_quick: assumed: a daemon does not freeze, nor the database go away, between the moment it finds itself fit to
-            rescue and its look; and after a standstill it notices that before it looks.
-        answers_are_prompt: assumed: when two looks in a row found a job that its daemon has not heard of, the answer to the claim
-            will never come.
-        claim_checks_lease: not built: the claim itself refuses a daemon whose lease has lapsed by the database's clock.
-        look_checks_steadiness: not built: the database knows for how long a daemon has beaten without a gap, and the look itself
-            refuses one that has not for a whole lease.
+        asks_for_lease: when it is asked how long a daemon that wants jobs was silent: IN the claim itself, under the lock; BEFORE
+            it is sent; NEVER.
+        asks_for_steadiness: when it is asked whether a daemon that looks for dead ones has itself beaten without a gap for a
+            whole lease: IN the look; BEFORE it is sent; NEVER.
+        asks_again: a rescue applies only if the daemon has not beaten since the look.
+        disowns_strays: a daemon that hands back a job which it does not know to run drops the claim's answer when that comes.
+        outages_are_noticed: assumed: a heartbeat that is due while the database is away fails; else it is only late.
     """
 
     is_fenced: bool = True
@@ -112,13 +115,11 @@ class Rules:
     counts_under_lock: bool = True
     counts_jobs: bool = True
     releases_by_timer: bool = False
-    rescues_when_steady: bool = True
-    beats_before_claim: bool = True
-    claims_are_quick: bool = True
-    looks_are_quick: bool = True
-    answers_are_prompt: bool = True
-    claim_checks_lease: bool = False
-    look_checks_steadiness: bool = False
+    asks_for_lease: str = IN
+    asks_for_steadiness: str = IN
+    asks_again: bool = True
+    disowns_strays: bool = True
+    outages_are_noticed: bool = True
 
 
 AS_BUILT = Rules()
@@ -142,12 +143,12 @@ class Applied(NamedTuple):
 
 
 @cache
-def _ruled(end: End, status: str, holds: bool, is_cancelled: bool) -> Applied:
+def _ruled(end: End, status: str, holds: bool, is_cancelled: bool, has_beaten: bool) -> Applied:
     """The engine's own decision."""
     job = RealJob(1, "generate.local", Task.GENERATE, 0, {"order_id": 7, "images": [1]}, token=5)
     transition = Transition(job, end, writes=(OrderStarted(7),) if end is End.CHECKPOINT else ())
     held = HeldJob(status, 5 if holds else 6, abort_requested=is_cancelled)
-    ruling = rule(transition, held, order_has_ended=is_cancelled)
+    ruling = rule(transition, held, order_has_ended=is_cancelled, has_beaten=has_beaten)
     writes = ruling.commit is not None and bool(ruling.commit.writes) and end is End.CHECKPOINT
     return Applied(ruling.verdict, writes, "" if ruling.status is None else str(ruling.status))
 
@@ -199,11 +200,14 @@ class World:
         """An interval passes: jobdaemon/queue/heartbeat.py."""
         if any(daemon.claim.stage == "counted" for daemon in state.daemons):
             return  # one statement, nobody's round trip: it takes no time beside a lease
-        daemons = tuple(an_interval_later(daemon, is_up=state.is_up) for daemon in state.daemons)
+        is_late = not self.rules.outages_are_noticed
+        daemons = tuple(an_interval_later(daemon, is_up=state.is_up, is_late=is_late) for daemon in state.daemons)
         jobs = state.jobs
         for number, daemon in enumerate(daemons):
             if has_lapsed_alone(daemon):
                 jobs = tuple(forfeited(job, number) for job in jobs)
+            elif daemon.silence == 0:
+                jobs = tuple(regained(job, number) for job in jobs)
         if self.rules.releases_by_timer:
             jobs = tuple(
                 job._replace(claimed_ago=min(job.claimed_ago + 1, LEASE + 1)) if job.status == DOING else job for job in jobs
@@ -216,7 +220,8 @@ class World:
     def _beats(self, state: State, number: int) -> Iterator[Step[State]]:
         daemon = state.daemons[number]
         if daemon.silence > 0:
-            yield Step(f"d{number} beats", with_daemon(state, number, beaten(daemon)))
+            jobs = tuple(regained(job, number) for job in state.jobs)
+            yield Step(f"d{number} beats", with_daemon(state._replace(jobs=jobs), number, beaten(daemon)))
 
     def _falls(self, state: State, number: int) -> Iterator[Step[State]]:
         """SIGSTOP, a broken network, SIGKILL. The kernel closes a dead daemon's calls; its claim may still be carried out."""
@@ -230,7 +235,7 @@ class World:
         if left.crashes:
             jobs = tuple(without_attempts(job, number) for job in state.jobs)
             after = state._replace(jobs=jobs, left=left._replace(crashes=left.crashes - 1))
-            dead = daemon._replace(mode=DEAD, steady=UNSTEADY, is_looking=False)
+            dead = daemon._replace(mode=DEAD, steady=0, is_looking=False)
             yield Step(f"d{number} is killed", with_daemon(after, number, dead._replace(claim=NO_CLAIM)))
             if daemon.claim.stage:
                 yield Step(f"d{number} is killed, its claim goes on", with_daemon(after, number, dead))
@@ -258,6 +263,9 @@ class World:
         else:
             yield Step("the database is back", state._replace(is_up=True))
             return
+        if left.leaps:
+            daemons = tuple(daemon._replace(silence=LEASE + 1, steady=LEASE) for daemon in state.daemons)
+            yield Step("the clock leaps", state._replace(daemons=daemons, left=left._replace(leaps=left.leaps - 1)))
         if left.limit_changes:
             for limit in self.limits:
                 if limit != state.limit:
@@ -279,18 +287,17 @@ class World:
                 again = job._replace(status=TODO, worker=NOBODY, is_forfeit=False)
                 yield Step(f"an operator puts job {place} of a dead daemon back by stock means", with_job(after, place, again))
 
-    # The claim: migrations/0005, Team.run, Heartbeat.until_lease_holds
+    # The claim: migrations 0005, 0012 and 0017, Team.run
 
     def _claim_begins(self, state: State, number: int) -> Iterator[Step[State]]:
         daemon = state.daemons[number]
-        if daemon.claim.stage or (self.rules.beats_before_claim and daemon.silence > TRUSTED):
+        if daemon.claim.stage or (self.rules.asks_for_lease == BEFORE and daemon.silence > TRUSTED):
             return
         if self._free_slots(state, number) > 0 and any(job.status == TODO for job in state.jobs):
             asked = with_daemon(state, number, daemon._replace(claim=Claim("asked")))
-            if self.rules.claims_are_quick:
-                yield from self._claim_goes_on(asked, number)
-            else:
-                yield Step(f"d{number} may claim and asks for jobs", asked)
+            yield from self._claim_goes_on(asked, number)
+            if left := state.left.held_claims:
+                yield Step(f"d{number} asks for jobs", asked._replace(left=state.left._replace(held_claims=left - 1)))
 
     def _claim_goes_on(self, state: State, number: int) -> Iterator[Step[State]]:
         if not state.is_up:
@@ -308,7 +315,7 @@ class World:
             return  # it waits for the lock
         running = self._running(state)
         granted = _may_start(self._free_slots(state, number), running, state.limit)
-        if self.rules.claim_checks_lease and state.daemons[number].silence > LEASE:
+        if self.rules.asks_for_lease == IN and state.daemons[number].silence > TRUSTED:
             granted = 0
         daemon = state.daemons[number]
         if granted > 0:
@@ -316,7 +323,7 @@ class World:
             allowed = max([state.limit, *(claim.allowed for claim in others)])
             counted = daemon._replace(claim=Claim("counted", allowed, granted, has_lock))
             yield Step(f"d{number} claims: {running} run, {granted} may start", with_daemon(state, number, counted))
-        elif not self.rules.claims_are_quick:
+        elif self.mishaps.held_claims:
             yield Step(f"d{number} claims nothing", with_daemon(state, number, daemon._replace(claim=NO_CLAIM)))
 
     def _claim_commits(self, state: State, number: int) -> Iterator[Step[State]]:
@@ -341,13 +348,11 @@ class World:
             heard = tuple(and_attempt(job, attempt) if place in places else job for place, job in enumerate(vain))
             yield Step(f"d{number} gets {names}", after._replace(jobs=heard))
             if state.left.lost_answers and places:
-                after = after._replace(left=state.left._replace(lost_answers=state.left.lost_answers - 1))
-                if self.rules.answers_are_prompt:
-                    yield Step(f"d{number} gets {names}, the answer is lost", after)
-                else:
-                    late = attempt._replace(phase=LATE)
-                    waiting = tuple(and_attempt(job, late) if place in places else job for place, job in enumerate(vain))
-                    yield Step(f"d{number} gets {names}, the answer takes long", after._replace(jobs=waiting))
+                # Nobody knows whether it will ever come.
+                left = state.left._replace(lost_answers=state.left.lost_answers - 1)
+                late = attempt._replace(phase=LATE)
+                waiting = tuple(and_attempt(job, late) if place in places else job for place, job in enumerate(vain))
+                yield Step(f"d{number} gets {names}, the answer takes long", after._replace(jobs=waiting, left=left))
 
     def _running(self, state: State) -> int:
         running = sum(
@@ -357,7 +362,7 @@ class World:
 
     def _free_slots(self, state: State, number: int) -> int:
         return self.slots - sum(
-            attempt.daemon == number and attempt.phase not in (LATE, RESCUING) for job in state.jobs for attempt in job.attempts
+            attempt.daemon == number and attempt.phase not in (LATE, *RESCUES) for job in state.jobs for attempt in job.attempts
         )
 
     # An attempt: jobdaemon/queue/attempt.py, jobdaemon/stages/generate.py
@@ -411,10 +416,11 @@ class World:
 
     def _ruled(self, job: Job, attempt: Attempt, end: End) -> Applied:
         holds = attempt.holds or not self.rules.is_fenced
-        if not self.rules.has_own_token and attempt.phase != RESCUING:
+        if not self.rules.has_own_token and attempt.phase not in RESCUES:
             holds = job.worker == attempt.daemon
         status = job.status if self.rules.is_fenced and self.rules.fences_by_status else DOING
-        return _ruled(end, status, holds, job.is_cancelled)
+        has_beaten = self.rules.asks_again and attempt.phase == FORESTALLED
+        return _ruled(end, status, holds, job.is_cancelled, has_beaten)
 
     @staticmethod
     def _applied(job: Job, end: End, ruled: Applied) -> Job:
@@ -450,16 +456,16 @@ class World:
     def _looks(self, state: State, number: int) -> Iterator[Step[State]]:
         """A look may bring several jobs; each is a step of its own, since nothing ties them together."""
         daemon = state.daemons[number]
-        is_steady = not self.rules.rescues_when_steady or daemon.steady >= LEASE
-        if self.rules.looks_are_quick:
-            # A standstill is noticed at the next beat, and until then nobody is judged.
-            if is_steady and not (self.rules.rescues_when_steady and daemon.silence > TRUSTED):
+        is_fit = self.rules.asks_for_steadiness == NEVER or (daemon.steady >= LEASE and daemon.silence <= TRUSTED)
+        if self.rules.asks_for_steadiness != BEFORE:
+            # One statement: however long it is on its way, it finds what there is in the end.
+            if is_fit:
                 yield from self._finds(state, number)
         elif daemon.is_looking:
-            if not self.rules.look_checks_steadiness or (daemon.steady >= LEASE and daemon.silence <= TRUSTED):
-                yield from self._finds(with_daemon(state, number, daemon._replace(is_looking=False)), number)
-            yield Step(f"d{number} has looked", with_daemon(state, number, daemon._replace(is_looking=False)))
-        elif is_steady:
+            looked = with_daemon(state, number, daemon._replace(is_looking=False))
+            yield from self._finds(looked, number)
+            yield Step(f"d{number} has looked", looked)
+        elif is_fit:
             yield Step(f"d{number} may rescue and looks", with_daemon(state, number, daemon._replace(is_looking=True)))
 
     @staticmethod
@@ -473,13 +479,13 @@ class World:
                 after = with_job(state, place, and_attempt(job, Attempt(number, RESCUING)))
                 yield Step(f"d{number} finds job {place} lost", after)
 
-    @staticmethod
-    def _strays(state: State, place: int) -> Iterator[Step[State]]:
+    def _strays(self, state: State, place: int) -> Iterator[Step[State]]:
         """A daemon hands back what was claimed in its name and never reached it."""
         job = state.jobs[place]
         number = job.worker
         if job.status != DOING or number < 0 or not state.is_up or state.daemons[number].mode != ALIVE:
             return
         if not any(attempt.daemon == number and attempt.holds and attempt.phase != LATE for attempt in job.attempts):
-            after = with_job(state, place, and_attempt(job, Attempt(number, RETURNING)))
+            disowned = without_late(job, number) if self.rules.disowns_strays else job
+            after = with_job(state, place, and_attempt(disowned, Attempt(number, RETURNING)))
             yield Step(f"d{number} finds that it does not run job {place}", after)

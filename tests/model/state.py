@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from jobdaemon.domain.outcome import End, Verdict
 
-#: In intervals: a daemon silent for more has lost its lease; one silent for more by its own clock has to beat before it claims.
+#: In intervals: a daemon silent for more has lost its lease; one silent for more may neither claim nor judge others.
 LEASE, TRUSTED = 2, 1
+#: A daemon whose last heartbeat has failed.
+UNSTEADY = -1
 #: More than any number of jobs: a queue without a limit.
 NO_LIMIT = 9
 #: Whose job it is when it is nobody's, and when its daemon was started anew: the new one has another id.
 NOBODY, GONE = -1, -2
-#: A daemon whose heartbeats have not succeeded in a row.
-UNSTEADY = -1
 
 # The promises
 
@@ -40,12 +40,20 @@ MADE = "made"  # there is an image to checkpoint
 ENDING = "ending"  # only its end is to be committed
 RETURNING = "returning"  # cut short: to be handed back
 RESCUING = "rescuing"  # no attempt but the rescue of one, in the rescuer's committer
+FORESTALLED = "forestalled"  # the same, and the daemon that it would take the job from has beaten since
+RESCUES = (RESCUING, FORESTALLED)
 
 # A daemon.
 #: cut off: it goes on, but cannot reach the database, which the others can
 ALIVE, CUT_OFF, FROZEN, DEAD = "alive", "cut off", "frozen", "dead"
 
-COMMITS = {MADE: End.CHECKPOINT, ENDING: End.SUCCEEDED, RETURNING: End.HANDED_BACK, RESCUING: End.INTERRUPTED}
+COMMITS = {
+    MADE: End.CHECKPOINT,
+    ENDING: End.SUCCEEDED,
+    RETURNING: End.HANDED_BACK,
+    RESCUING: End.INTERRUPTED,
+    FORESTALLED: End.INTERRUPTED,
+}
 
 
 class Attempt(NamedTuple):
@@ -72,7 +80,7 @@ class Job(NamedTuple):
     Attributes:
         is_cancelled: its order was.
         has_image: what it makes is recorded.
-        is_forfeit: since the claim its daemon was frozen or cut off beyond its lease, so that others may take it.
+        is_forfeit: its daemon was frozen or cut off beyond its lease and has not beaten since: others may take it.
         claimed_ago: intervals since the claim; only kept where a timer releases slots.
     """
 
@@ -108,9 +116,10 @@ NO_CLAIM = Claim()
 class Daemon(NamedTuple):
     """
     Attributes:
-        silence: intervals since its last heartbeat, LEASE + 1 at most; by the database's clock and by its own.
-        steady: intervals for which its beats have succeeded in a row as far as it knows, LEASE at most; UNSTEADY for not at all.
-        is_looking: it has found itself fit to rescue, and its look is on its way to the database.
+        silence: intervals since its last heartbeat, LEASE + 1 at most; by the database's clock.
+        steady: intervals since the first of its heartbeats without a gap, LEASE at most; by the same. UNSTEADY when it knows that
+            a beat has failed since.
+        is_looking: it was found fit to rescue, and its look is on its way to the database; only where that is asked before.
     """
 
     mode: str = ALIVE
@@ -133,6 +142,8 @@ class Mishaps(NamedTuple):
     hand_backs: int = 0
     cancels: int = 0
     operators: int = 0
+    leaps: int = 0
+    held_claims: int = 0
 
 
 class State(NamedTuple):
@@ -156,13 +167,12 @@ def is_over(job: Job) -> bool:
 
 
 @cache
-def an_interval_later(daemon: Daemon, *, is_up: bool) -> Daemon:
+def an_interval_later(daemon: Daemon, *, is_up: bool, is_late: bool) -> Daemon:
     if daemon.mode == ALIVE and is_up:
         later = beaten(daemon)
         return later if later.steady != daemon.steady else later._replace(steady=min(later.steady + 1, LEASE))
     silence = min(daemon.silence + 1, LEASE + 1)
-    if daemon.mode == FROZEN and daemon.steady != UNSTEADY:
-        # Its own clock goes on, and it does not know yet.
+    if (daemon.mode == FROZEN or is_late) and daemon.steady != UNSTEADY:
         return daemon._replace(silence=silence, steady=min(daemon.steady + 1, LEASE))
     return daemon._replace(silence=silence, steady=UNSTEADY)
 
@@ -181,10 +191,25 @@ def forfeited(job: Job, number: int) -> Job:
     """Daemon *number* is frozen or cut off beyond its lease: its calls are apart, its jobs are for the taking."""
     is_forfeit = job.is_forfeit or (job.status == DOING and job.worker == number)
     attempts = tuple(
-        attempt._replace(is_apart=True) if attempt.daemon == number and attempt.phase != RESCUING else attempt
+        attempt._replace(is_apart=True) if attempt.daemon == number and attempt.phase not in RESCUES else attempt
         for attempt in job.attempts
     )
     return job._replace(is_forfeit=is_forfeit, attempts=attempts)
+
+
+@cache
+def regained(job: Job, number: int) -> Job:
+    """Daemon *number* beats: what nobody has taken meanwhile is its own."""
+    if job.worker != number:
+        return job
+    attempts = tuple(attempt._replace(phase=FORESTALLED) if attempt.phase == RESCUING else attempt for attempt in job.attempts)
+    return job._replace(is_forfeit=False, attempts=tuple(sorted(attempts)))
+
+
+def without_late(job: Job, number: int) -> Job:
+    """Daemon *number* will drop the answer to its claim of this job."""
+    left = tuple(a for a in job.attempts if not (a.daemon == number and a.phase == LATE and a.holds))
+    return job._replace(attempts=left)
 
 
 def without_attempts(job: Job, number: int) -> Job:

@@ -14,9 +14,10 @@ RETURNING id;
 
 -- name: heartbeat
 -- Says that the daemon lives, and how long its lease is ($2, seconds); no row means that somebody removed it and it has to
--- register again. Two beats further apart than half the lease, by this clock, are a gap.
+-- register again. Two beats further apart than half the lease, by this clock, are a gap, and so are beats that failed between them
+-- (NOT $3).
 UPDATE jobdaemon.procrastinate_workers w SET last_heartbeat = beat.at, lease = beat.lease,
-    steady_since = CASE WHEN w.last_heartbeat BETWEEN beat.at - beat.lease / 2 AND beat.at
+    steady_since = CASE WHEN $3::boolean AND w.last_heartbeat BETWEEN beat.at - beat.lease / 2 AND beat.at
         THEN coalesce(w.steady_since, beat.at) ELSE beat.at END
 FROM (SELECT clock_timestamp() AS at, $2 * interval '1 second' AS lease) AS beat
 WHERE w.id = $1 RETURNING w.id;
@@ -100,17 +101,18 @@ SET status = CASE WHEN j.status = 'todo' THEN 'cancelled' ELSE j.status END, abo
 FROM locked l WHERE j.id = l.id;
 
 -- name: lost_jobs
--- Running jobs whose worker is gone, or silent for longer than its lease and than ours ($1, seconds); those of worker $3 that are
--- not among those it knows to run ($4); and those it runs that have no worker, since somebody removed its row. Others are judged
--- only by a worker whose own beats have come without a gap for a whole lease, the last one within half a lease: after an outage, a
--- long lock, a standstill of all or a leap of the clock everybody looks silent, itself included. One reading of the clock is for
--- both, so that it does not matter how long this statement had to wait. No lock: the fence decides.
+-- Running jobs whose worker is gone, or silent for longer than its lease and than ours ($1, seconds; NULL: none is judged), with its
+-- last beat; those of worker $3 that are not among those it knows to run ($4); and those it runs that have no worker, since somebody
+-- removed its row. Others are judged only by a worker whose own beats have come without a gap for a whole lease, the last one within
+-- half a lease: after an outage, a long lock, a standstill of all or a leap of the clock everybody looks silent, itself included. One
+-- reading of the clock is for both, so that it does not matter how long this statement had to wait. No lock: the fence decides.
 WITH look AS MATERIALIZED (
     SELECT c.at, c.lease, EXISTS (SELECT FROM jobdaemon.procrastinate_workers w
         WHERE w.id = $3 AND w.last_heartbeat BETWEEN c.at - c.lease / 2 AND c.at AND w.steady_since <= c.at - c.lease) AS may_judge
     FROM (SELECT clock_timestamp() AS at, $1 * interval '1 second' AS lease) AS c
 )
-SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id
+SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id,
+    coalesce(extract(epoch FROM w.last_heartbeat)::text, '') AS last_beat
 FROM look l CROSS JOIN jobdaemon.procrastinate_jobs j
 LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
 WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
@@ -153,9 +155,12 @@ SELECT id, status::text, token, abort_requested FROM jobdaemon.procrastinate_job
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
 
 -- name: living_jobs
--- Those of these (locked) jobs whose daemon beats by now: it is no longer silent, so they are its own.
-SELECT j.id FROM jobdaemon.procrastinate_jobs j JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
-WHERE j.id = ANY ($1::bigint[]) AND w.last_heartbeat BETWEEN clock_timestamp() - w.lease AND clock_timestamp() + w.lease;
+-- Those of these (locked) jobs ($1) whose daemon has beaten, or has changed, since its last beat was $2: they are its own again. No
+-- clock is asked.
+SELECT s.id FROM unnest($1::bigint[], $2::text[]) AS s (id, last_beat)
+JOIN jobdaemon.procrastinate_jobs j ON j.id = s.id
+LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
+WHERE coalesce(extract(epoch FROM w.last_heartbeat)::text, '') <> s.last_beat;
 
 -- name: locked_jobs
 -- Of these jobs ($1), each with its order ($2), those whose commit would have to wait: somebody holds the job, its order or one of
