@@ -1,8 +1,8 @@
 """
 The heartbeat: renews the lease of everything this daemon runs, and knows how far it can be trusted.
 
-Two clocks: the database's decides whether a lease holds (in the claim, and in the look for jobs that nobody runs), this process's
-own monotonic clock how long no beat got through. After three quarters of the lease this daemon stalls, and its paid calls are
+Two clocks: the database's decides whether a lease holds (in the claim, and in the look for jobs that nobody runs), this machine's
+own for how long no beat got through, sleep included. After three quarters of the lease this daemon stalls, and its paid calls are
 aborted: it stood still, or the database answers others. While the database itself is away nothing is aborted: nobody else can
 have claimed the work.
 """
@@ -10,6 +10,7 @@ have claimed the work.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
@@ -22,10 +23,20 @@ _REST_WHILE_LOST_S = 0.5
 _TRUSTED = 0.75
 #: A timer that rings later than this share of the lease says that the process stood still, not that the loop was busy.
 _LATE = 0.05
+#: The event loop's timers stand still while the machine sleeps: look this often whether it did.
+_LOOK_S = 1.0
 #: No beat is given up sooner than after this share of the lease.
 _LEAST_PATIENCE = 1 / 15
 _STOOD_STILL = "this process stood still for most of its lease"
 _NOT_THROUGH = "the database answers, but no heartbeat got through for most of the lease"
+
+#: Goes on while the machine sleeps, where the system has such a clock.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def elapsed_s() -> float:
+    """Seconds since some moment, forward only; the time that the machine slept counts."""
+    return time.clock_gettime(_CLOCK)
 
 
 class Heartbeat:
@@ -65,7 +76,7 @@ class Heartbeat:
         self._was_ready = False
         #: Whether a beat has failed since the last one that succeeded.
         self._has_failed = False
-        #: When the last beat stops being trusted, and the timer that rings then.
+        #: When the last beat stops being trusted, by elapsed_s, and the timer that looks whether that is now.
         self._trusted_until = 0.0
         self._watch: asyncio.TimerHandle | None = None
         self._is_beating = False
@@ -107,7 +118,7 @@ class Heartbeat:
 
     def is_sure(self) -> bool:
         """Whether the last beat is so recent that nobody else can have what this daemon runs."""
-        return self._leased_at is not None and asyncio.get_running_loop().time() <= self._trusted_until
+        return self._leased_at is not None and elapsed_s() <= self._trusted_until
 
     async def run(self) -> None:
         """Beat until cancelled."""
@@ -127,7 +138,10 @@ class Heartbeat:
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
-        self.last_turn_s = began = loop.time()
+        self.last_turn_s = loop.time()
+        if self._watch is not None and elapsed_s() > self._trusted_until:
+            self._ring()  # after a sleep it would come too late: this beat may succeed
+        began = elapsed_s()
         self._is_beating = True
         try:
             await self._beat_once(self._patience(began))
@@ -136,7 +150,7 @@ class Heartbeat:
             if self._lost_at is None:
                 self._lost_at = loop.time()
                 self._events.emit(DatabaseLost(error=str(error)))
-            self._failed(is_answering=await self._store.answers(timeout=self._patience(loop.time())))
+            self._failed(is_answering=await self._store.answers(timeout=self._patience(elapsed_s())))
             return
         except Exception as error:  # noqa: BLE001 - the heart goes on
             self._has_failed = True
@@ -145,7 +159,7 @@ class Heartbeat:
             return
         finally:
             self._is_beating = False
-        if loop.time() - began > _TRUSTED * self._lease_s:
+        if elapsed_s() - began > _TRUSTED * self._lease_s:
             # The process stood still before it read the answer: how old the beat is nobody knows.
             self._now.set()
             return
@@ -156,9 +170,7 @@ class Heartbeat:
         self._leased_at = began
         self._trusted_until = began + _TRUSTED * self._lease_s
         self._answers, self._has_stalled, self._has_failed = 0, False, False
-        if self._watch is not None:
-            self._watch.cancel()
-        self._watch = loop.call_at(self._trusted_until, self._ring)
+        self._look_again()
         self._beaten.set()
         if self._lost_at is not None:
             self._events.emit(DatabaseBack(seconds=loop.time() - self._lost_at))
@@ -173,15 +185,26 @@ class Heartbeat:
         if self._answers > 1 and not self.is_sure():
             self._stall(_NOT_THROUGH)
 
+    def _look_again(self) -> None:
+        """Ring when the last beat is not to be trusted any more, or in a while, since the timer does not count sleep."""
+        if self._watch is not None:
+            self._watch.cancel()
+        left_s = self._trusted_until - elapsed_s()
+        self._watch = asyncio.get_running_loop().call_later(min(left_s, _LOOK_S), self._ring)
+
     def _ring(self) -> None:
         """
-        The last beat is not to be trusted any more.
+        See whether the last beat is still to be trusted.
 
         A timer, since the event loop calls it before any task goes on that waited while the process stood still.
         """
+        late_s = elapsed_s() - self._trusted_until
+        if late_s < 0:
+            self._look_again()
+            return
         if self._answers > 1:
             self._stall(_NOT_THROUGH)
-        is_late = asyncio.get_running_loop().time() - self._trusted_until > _LATE * self._lease_s
+        is_late = late_s > _LATE * self._lease_s
         if self._lost_at is None and (is_late or not self._is_beating):
             self._stall(_STOOD_STILL)
 

@@ -459,6 +459,12 @@ class PostgresJobStore:
             records = await connection.fetch(_JOBS["lost_jobs"], lease_s, limit, daemon_id, list(running))
         return [LostJob(_job(record, record["queue_name"]), record["worker_id"], record["last_beat"]) for record in records]
 
+    async def next_lapse(self, daemon_id: int, *, lease: timedelta) -> timedelta | None:
+        """In how long :meth:`lost_jobs` may first find another daemon's jobs, if that is silent from now on; None for never."""
+        async with self._upkeep.use() as connection:
+            seconds = await connection.fetchval(_JOBS["next_lapse"], daemon_id, lease.total_seconds())
+        return None if seconds is None else timedelta(seconds=seconds)
+
     async def adopt_jobs(self, daemon_id: int, jobs: Iterable[Job]) -> None:
         """Take jobs that run here along under a new id, after somebody removed this daemon's row; what is held is left."""
         jobs = list(jobs)

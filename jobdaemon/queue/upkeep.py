@@ -7,6 +7,7 @@ hands on.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -40,6 +41,8 @@ _COMMIT_PATIENCE_S = 5.0
 #: Batches behind an open circuit are sent on so many at a time, and so many times a round.
 _MOVE_LIMIT = 100
 _MOVES_PER_ROUND = 20
+#: The share of the lease over which daemons spread their looks after a heartbeat lapsed, so that not all rescue the same at once.
+_SPREAD = 1 / 15
 #: Timers ring a little early; asking again too soon would find the job still not due.
 _TIMER_SLACK_S = 0.002
 
@@ -87,6 +90,8 @@ class Upkeep:
         #: Of jobs (id, token) that nobody runs, the ends that are not committed yet.
         self._ends: dict[tuple[int, int | None], asyncio.Future[Verdict]] = {}
         self._must_look = False
+        #: When the first heartbeat lapses that is not renewed, or a job without a daemon is lost, as far as the last look knew.
+        self._lapses_at = math.inf
         self._images_per_call = images_per_call
         self._fallback = fallback or FallbackRules()
         self._polls = 0
@@ -142,7 +147,7 @@ class Upkeep:
                 self._must_look = False
                 next_poll = now + self._poll_s * (1 - _JITTER * random.random())
             try:
-                await self._round(is_poll)
+                await self._round(is_poll, is_look=is_poll or now >= self._lapses_at)
             except DatabaseUnavailableError:
                 pass  # the heartbeat reports it
             except Exception as error:  # noqa: BLE001 - upkeep goes on
@@ -150,7 +155,7 @@ class Upkeep:
             await self._sleep_until(next_poll)
 
     async def _sleep_until(self, next_poll: float) -> None:
-        rest_s = next_poll - asyncio.get_running_loop().time()
+        rest_s = min(next_poll, self._lapses_at) - asyncio.get_running_loop().time()
         if self._next_due_s is not None:
             rest_s = min(rest_s, self._next_due_s + _TIMER_SLACK_S)
         try:
@@ -160,8 +165,11 @@ class Upkeep:
             pass
         self._now.clear()
 
-    async def _round(self, is_poll: bool) -> None:
+    async def _round(self, is_poll: bool, *, is_look: bool) -> None:
         self._next_due_s = None
+        if is_look:
+            # Nothing that this look does not know of lapses before that: who came since has beaten since.
+            self._lapses_at = asyncio.get_running_loop().time() + self._lease.total_seconds()
         promoted = await self._store.promote(_PROMOTE_LIMIT)
         self._next_due_s = None if promoted.next_due is None else promoted.next_due.total_seconds()
         if promoted.count >= _PROMOTE_LIMIT:
@@ -178,8 +186,9 @@ class Upkeep:
             except BaseException:
                 self._queues_changed = True  # what was announced is still to be looked at
                 raise
+        if is_look:
+            await self._rescue(is_poll=is_poll)
         if is_poll:
-            await self._rescue()
             await self._fall_back()
             self._polls += 1
             if self._polls % _RECONCILE_EVERY == 0:
@@ -216,16 +225,21 @@ class Upkeep:
             wake = self._teams[queue].wake
             self._rests[queue] = asyncio.get_running_loop().call_later(rest.total_seconds() + _TIMER_SLACK_S, wake)
 
-    async def _rescue(self) -> None:
+    async def _rescue(self, *, is_poll: bool) -> None:
         daemon_id = self._daemon_id()
+        # Asked for first: what lapses between the two is found by this look.
+        lapse = await self._store.next_lapse(daemon_id, lease=self._lease)
+        if lapse is not None:
+            self._look_in(lapse)
         running = [job.id for team in self._teams.values() for job in team.running_jobs]
         found = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
         lost = [one for one in found if (one.job.id, one.job.token) not in self._ends]
         # Before anything else is awaited: the answer to a claim comes before this, and the job runs, or after it, and is dropped.
         strays = {(one.job.id, one.job.token): one.job for one in lost if one.owner == daemon_id}
-        # Not at the first look: most answers are on their way for an instant.
-        given_up = [job for key, job in strays.items() if key in self._strays and self._disown(job)]
-        self._strays = set(strays)
+        # Not at the first look: most answers are on their way for an instant. Two polls are far enough apart.
+        given_up = [job for key, job in strays.items() if is_poll and key in self._strays and self._disown(job)]
+        if is_poll:
+            self._strays = set(strays)
         dead = [one for one in lost if one.owner not in (None, daemon_id)]
         dead += await self._take_in([one for one in lost if one.owner is None])
         company = Counter(one.owner for one in dead)
@@ -243,7 +257,16 @@ class Upkeep:
             await self._store.adopt_jobs(self._daemon_id(), own)
         others = {(one.job.id, one.job.token): one for one in ownerless if one.job.id not in ours}
         self._ownerless = {key: self._ownerless.get(key, now) for key in others}
-        return [one for key, one in others.items() if now - self._ownerless[key] >= self._lease.total_seconds()]
+        lease_s = self._lease.total_seconds()
+        lost = [one for key, one in others.items() if now - self._ownerless[key] >= lease_s]
+        if left := [since for since in self._ownerless.values() if now - since < lease_s]:
+            self._look_in(timedelta(seconds=min(left) + lease_s - now))
+        return lost
+
+    def _look_in(self, lapse: timedelta) -> None:
+        """Look for lost jobs again when that long has passed: the next poll would be late by as much as a poll is long."""
+        spread_s = random.uniform(_TIMER_SLACK_S, _SPREAD * self._lease.total_seconds())
+        self._lapses_at = min(self._lapses_at, asyncio.get_running_loop().time() + lapse.total_seconds() + spread_s)
 
     def _disown(self, job: Job) -> bool:
         team = self._teams.get(job.queue)

@@ -264,6 +264,10 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(job.status == "doing" for job in self.reference.jobs.values()))
     @rule(number=numbers)
     def fall_silent(self, number: int) -> None:
+        self._silence(number)
+
+    def _silence(self, number: int) -> int:
+        """A daemon that runs something was last heard of long ago; its id."""
         busy = sorted({job.worker or 0 for job in self.reference.jobs.values() if job.status == "doing"})
         daemon = busy[number % len(busy)]
         self.bench.sql.execute(
@@ -274,6 +278,18 @@ class EngineMachine(RuleBasedStateMachine):
         self.silent.add(daemon)
         for job in self.reference.jobs.values():
             job.is_forfeit |= job.worker == daemon and job.status == "doing"
+        return daemon
+
+    @precondition(lambda self: any(job.status == "doing" for job in self.reference.jobs.values()))
+    @rule(number=numbers, other=st.integers(1, 2), beats_again=st.booleans())
+    def die(self, number: int, other: int, beats_again: bool) -> None:
+        """All that a rescue takes, which steps drawn one by one rarely come to."""
+        daemon = self._silence(number)
+        looker = self.daemons.index(daemon) + other
+        self.look(looker, is_steady=True, is_prompt=False)
+        if beats_again:
+            self.beat(self.daemons.index(daemon))
+        self.rescue()
 
     @rule(number=numbers, is_steady=st.booleans(), is_prompt=st.booleans())
     def look(self, number: int, is_steady: bool, is_prompt: bool) -> None:
@@ -332,7 +348,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _rows(self) -> dict[int, Row]:
         rows = self.bench.sql.execute(
-            "SELECT j.id, j.status::text, j.token, j.worker_id, i.status AS image, coalesce(w.last_heartbeat::text, '') AS beat"
+            "SELECT j.id, j.status::text, j.token, j.worker_id, i.status AS image,"
+            " coalesce(extract(epoch FROM w.last_heartbeat)::text, '') AS beat"
             " FROM jobdaemon.procrastinate_jobs j LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id"
             " JOIN jobdaemon.images i ON i.order_id = (j.args ->> 'order_id')::bigint AND i.index = 1"
         ).fetchall()

@@ -17,10 +17,9 @@ import psycopg
 import pytest
 
 from jobdaemon.domain.job import Job
-from jobdaemon.domain.outcome import Verdict
-from jobdaemon.domain.retry import after_death
+from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.errors import LeaseLostError
-from jobdaemon.events import JobsRescued, JobStarted
+from jobdaemon.events import DatabaseBack, DatabaseLost, JobsRescued, JobStarted
 from jobdaemon.ports import Attempt
 from jobdaemon.queue import team
 from jobdaemon.queue.store import PostgresJobStore
@@ -31,6 +30,12 @@ LEASE = timedelta(seconds=15)
 SHIFT = (
     "UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = last_heartbeat + %(by)s::interval,"
     " steady_since = steady_since + %(by)s::interval"
+)
+
+#: A claim that waits for its queue's lock.
+WAITS = (
+    "SELECT FROM pg_stat_activity WHERE application_name = 'jobdaemon claim' AND datname = current_database()"
+    " AND wait_event_type = 'Lock' AND wait_event = 'advisory'"
 )
 
 
@@ -247,6 +252,32 @@ async def test_the_looker_itself_must_have_beaten_just_now(
     assert await _found(store, looker) == [worker]
 
 
+async def test_a_beat_that_failed_is_a_gap(store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql) -> None:
+    """After a beat that failed a daemon judges nobody before it has beaten for a whole lease, however short the outage was."""
+    looker, worker = await _two_daemons(store, claimed_job_factory, sql)
+    sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 minute' WHERE id = %s", [worker])
+    assert await _found(store, looker) == [worker]
+    assert await store.heartbeat(looker, lease=LEASE, timeout=timedelta(seconds=5), is_steady=False)
+    assert await _found(store, looker) == []
+    await _beat(store, looker)
+    assert await _found(store, looker) == []
+
+
+async def test_a_daemon_says_when_a_beat_has_failed(engine_database: str, sql: Sql) -> None:
+    """A daemon whose beat failed, in an outage much shorter than half a lease, is steady only since the next one."""
+    steady = "SELECT extract(epoch FROM steady_since)::float8 AS at FROM jobdaemon.procrastinate_workers"
+    engine = replace(QUICK, lease=timedelta(seconds=60))
+    async with running_daemon(engine_database, Stages(), engine=engine) as daemon:
+        [before] = sql.execute(steady).fetchall()
+        lost, back = daemon.events.expect(DatabaseLost), daemon.events.expect(DatabaseBack)
+        with psycopg.connect(engine_database) as locker:
+            locker.execute("SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
+            await lost.wait(10)
+        await back.wait(10)
+        [after] = sql.execute(steady).fetchall()
+    assert after["at"] > before["at"] + QUICK.heartbeat.total_seconds() / 2
+
+
 async def test_a_lease_that_is_longer_than_the_lookers_holds(
     store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql
 ) -> None:
@@ -292,18 +323,31 @@ async def test_nobody_that_lives_is_rescued(engine_database: str, order_factory:
     assert deaths == [{"deaths": None}]
 
 
+@pytest.mark.parametrize("end", [End.INTERRUPTED, End.FAILED])
 async def test_a_rescue_comes_too_late_for_a_daemon_that_beats_again(
-    store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql
+    store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql, end: End
 ) -> None:
-    """What was found lost is its daemon's own again when that beats before the rescue is committed."""
+    """What was found lost is its daemon's own again when that beats before the rescue is committed, be it the last one."""
     looker, worker = await _two_daemons(store, claimed_job_factory, sql)
     sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 minute' WHERE id = %s", [worker])
-    job, verdict = await _rescued(store, looker, meanwhile=_beat(store, worker))
+    job, verdict = await _rescued(store, looker, end, meanwhile=_beat(store, worker))
     assert verdict is Verdict.LEASE_LOST
     [row] = claimed_job_factory.orders.jobs(job.order_id or 0)
     assert (row["status"], row["token"], row["deaths"]) == ("doing", job.token, None)
     sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - interval '1 minute' WHERE id = %s", [worker])
-    assert (await _rescued(store, looker, meanwhile=asyncio.sleep(0)))[1] is Verdict.ACCEPTED
+    assert (await _rescued(store, looker, end, meanwhile=asyncio.sleep(0)))[1] is Verdict.ACCEPTED
+
+
+async def test_a_rescue_asks_no_clock(store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql) -> None:
+    """A daemon that beat again, and was silent again until the rescue came, keeps what it runs until the next look."""
+    looker, worker = await _two_daemons(store, claimed_job_factory, sql)
+    silent = "UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - %s * interval '1 minute' WHERE id = %s"
+    sql.execute(silent, [2, worker])
+
+    async def beat_long_ago() -> None:
+        sql.execute(silent, [1, worker])
+
+    assert (await _rescued(store, looker, End.INTERRUPTED, meanwhile=beat_long_ago()))[1] is Verdict.LEASE_LOST
 
 
 async def test_a_rescue_comes_too_late_for_jobs_that_came_along(
@@ -314,15 +358,15 @@ async def test_a_rescue_comes_too_late_for_jobs_that_came_along(
     sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [worker])
     again = await store.register(host="test", pid=3, version="0", queues={}, was=worker)
     [job] = [lost.job for lost in await store.lost_jobs(looker, [], lease=LEASE)]
-    assert (await _rescued(store, looker, meanwhile=store.adopt_jobs(again, [job])))[1] is Verdict.LEASE_LOST
+    came_along = store.adopt_jobs(again, [job])
+    assert (await _rescued(store, looker, End.INTERRUPTED, meanwhile=came_along))[1] is Verdict.LEASE_LOST
 
 
-async def _rescued(store: PostgresJobStore, looker: int, *, meanwhile: Awaitable[None]) -> tuple[Job, Verdict]:
-    """Find the one job that is lost; let something else happen; rescue it."""
+async def _rescued(store: PostgresJobStore, looker: int, end: End, *, meanwhile: Awaitable[None]) -> tuple[Job, Verdict]:
+    """Find the one job that is lost; let something else happen; rescue it, so that it *end*s."""
     [lost] = await store.lost_jobs(looker, [], lease=LEASE)
-    rescue = after_death(lost.job, ran_alone=False, other_deaths=0, dead=lambda _: ())
     await meanwhile
-    [verdict] = (await store.commit([replace(rescue, last_beat=lost.last_beat)], daemon_id=looker)).verdicts
+    [verdict] = (await store.commit([Transition(lost.job, end, last_beat=lost.last_beat)], daemon_id=looker)).verdicts
     return lost.job, verdict
 
 
@@ -374,21 +418,38 @@ async def test_a_claim_under_a_lapsed_lease_is_refused(
     assert [job.id for job in await store.claim("upload", daemon_id, 1)] == [job_id]
 
 
+async def _claimed_behind_the_lock(url: str, store: PostgresJobStore, daemon_id: int, sql: Sql) -> list[Job]:
+    """Beat, claim while somebody holds the queue's lock, and let the lease lapse before that one lets go."""
+    sql.execute("UPDATE jobdaemon.queues SET cluster_limit = 5 WHERE name = 'upload'")
+    await store.heartbeat(daemon_id, lease=timedelta(seconds=60), timeout=timedelta(seconds=5))
+    with psycopg.connect(url) as locker:
+        locker.execute("SELECT pg_advisory_xact_lock(1784835684, (SELECT id FROM jobdaemon.queues WHERE name = 'upload'))")
+        claim = asyncio.ensure_future(store.claim("upload", daemon_id, 1))
+        await until(lambda: sql.execute(WAITS).fetchone() is not None)
+        sql.execute(SHIFT, {"by": "-1 minute"})
+    return await claim
+
+
 async def test_the_lease_is_asked_for_after_the_lock(
     engine_database: str, store: PostgresJobStore, daemon_id: int, job_factory: Jobs, sql: Sql
 ) -> None:
     """A claim that waits for its queue's lock while its lease lapses is refused, though all was well when it was sent."""
-    sql.execute("UPDATE jobdaemon.queues SET cluster_limit = 5 WHERE name = 'upload'")
     job_id = job_factory("upload")
-    await store.heartbeat(daemon_id, lease=timedelta(seconds=1), timeout=timedelta(seconds=5))
-    with psycopg.connect(engine_database) as locker:
-        locker.execute("SELECT pg_advisory_xact_lock(1784835684, (SELECT id FROM jobdaemon.queues WHERE name = 'upload'))")
-        claim = asyncio.ensure_future(store.claim("upload", daemon_id, 1))
-        await asyncio.sleep(0.7)
-        assert not claim.done()
     with pytest.raises(LeaseLostError):
-        await claim
+        await _claimed_behind_the_lock(engine_database, store, daemon_id, sql)
     assert job_factory.row(job_id)["status"] == "todo"
+
+
+async def test_asked_before_the_lock_a_lease_may_lapse_behind_it(
+    engine_database: str, store: PostgresJobStore, daemon_id: int, job_factory: Jobs, sql: Sql
+) -> None:
+    """The test above sees the difference: a claim that asks before it waits gets the job."""
+    job_id = job_factory("upload")
+    [row] = sql.execute("SELECT pg_get_functiondef('jobdaemon.claim_jobs'::regproc) AS text").fetchall()
+    asks, begins = "PERFORM require_lease(p_worker);", "BEGIN\n"
+    assert row["text"].count(asks) == row["text"].count(begins) == 1
+    sql.execute(row["text"].replace(asks, "").replace(begins, begins + asks).encode())
+    assert [job.id for job in await _claimed_behind_the_lock(engine_database, store, daemon_id, sql)] == [job_id]
 
 
 async def test_a_refused_claim_is_followed_by_a_beat(engine_database: str, job_factory: Jobs, sql: Sql) -> None:

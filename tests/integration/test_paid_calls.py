@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import pytest
 from jobdaemon.errors import ProviderRefusedError
 from jobdaemon.events import DatabaseBack, DatabaseLost, LeaseInDoubt
 from jobdaemon.ports import Attempt
+from jobdaemon.queue import heartbeat
 from tests.daemons import QUICK, RunningDaemon, Stages, running_daemon, until
 from tests.factories import Jobs, Row, Sql
 
@@ -104,6 +106,27 @@ async def test_a_standstill_stops_paid_calls_before_they_go_on(
         assert (calls.stopped, calls.went_on) == ([PAID], [FREE])
         assert _attempts(sql, paid) == [{"outcome": "handed_back", "error": "this process stood still for most of its lease"}]
         assert len(_doubts(daemon)) == 1
+
+
+async def test_sleep_of_the_machine_stops_paid_calls(
+    engine_database: str, calls: Calls, job_factory: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that slept, which the event loop's own clock does not count, aborts its paid calls before it beats again."""
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID]) as daemon:
+        await _at_work(calls, job_factory)
+        doubt = daemon.events.expect(LeaseInDoubt)
+        awake = heartbeat.elapsed_s
+        monkeypatch.setattr(heartbeat, "elapsed_s", lambda: awake() + LEASE_S)
+        assert (await doubt.wait(10)).aborted == 1
+        await until(lambda: calls.waiting.count(PAID) == 2)
+        assert (calls.stopped, calls.went_on) == ([PAID], [])
+
+
+def test_the_clock_of_a_lease_counts_sleep() -> None:
+    """Where the system has a clock that goes on while the machine sleeps, that is the one."""
+    assert sys.platform == "linux"
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert before <= heartbeat.elapsed_s() <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def test_a_short_standstill_stops_nothing(engine_database: str, calls: Calls, job_factory: Jobs) -> None:

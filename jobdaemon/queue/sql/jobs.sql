@@ -122,6 +122,17 @@ WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queue
             OR w.last_heartbeat NOT BETWEEN l.at - greatest(l.lease, w.lease) AND l.at + greatest(l.lease, w.lease)) END
 ORDER BY j.id LIMIT $2;
 
+-- name: next_lapse
+-- In how many seconds a look of worker $1, whose lease is $2 seconds, may first find more than now: another worker's heartbeat lapses,
+-- or it may itself judge others from then on. NULL: never, as things are.
+SELECT extract(epoch FROM min(lapse.at) - ours.at)::float8
+FROM (SELECT clock_timestamp() AS at, $2 * interval '1 second' AS lease,
+    (SELECT w.steady_since FROM jobdaemon.procrastinate_workers w WHERE w.id = $1) AS steady_since) AS ours
+CROSS JOIN jobdaemon.procrastinate_workers w
+CROSS JOIN LATERAL (SELECT greatest(w.last_heartbeat + greatest(ours.lease, w.lease), ours.steady_since + ours.lease) AS at) AS lapse
+WHERE w.id <> $1 AND lapse.at > ours.at
+GROUP BY ours.at;
+
 -- name: adopt_jobs
 -- Running jobs that belong to nobody become those of worker $1, where the tokens ($3) of its attempts still hold.
 WITH own AS (
