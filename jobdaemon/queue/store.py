@@ -223,10 +223,20 @@ class PostgresJobStore:
             records = await connection.fetch("SELECT migration_id FROM jobdaemon._yoyo_migration")
             return [record["migration_id"] for record in records]
 
-    async def register(self, *, host: str, pid: int, version: str, queues: dict[str, int], was: int | None = None) -> int:
-        """Announce this daemon, the queues it serves, and the id it had before; returns its id."""
+    async def register(
+        self,
+        *,
+        host: str,
+        pid: int,
+        version: str,
+        queues: dict[str, int],
+        was: int | None = None,
+        lease: timedelta | None = None,
+    ) -> int:
+        """Announce this daemon, the queues it serves, the id it had before, its *lease* if not its first beat does; its id."""
+        arguments = host, pid, version, json.dumps(queues), was, None if lease is None else lease.total_seconds()
         async with self._upkeep.use() as connection:
-            daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], host, pid, version, json.dumps(queues), was)
+            daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], *arguments)
             return daemon_id
 
     async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan], keys: Iterable[ProviderKey] = ()) -> None:

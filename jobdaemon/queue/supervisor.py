@@ -263,6 +263,7 @@ class Supervisor:
             version=self._version,
             queues=self._team_sizes,
             was=self._heartbeat.daemon_id,
+            lease=self._engine.lease,
         )
         self._committer.daemon_id = daemon_id
         self._upkeep.look()

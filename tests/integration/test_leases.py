@@ -418,6 +418,15 @@ async def test_a_claim_under_a_lapsed_lease_is_refused(
     assert [job.id for job in await store.claim("upload", daemon_id, 1)] == [job_id]
 
 
+async def test_a_new_daemon_has_a_lease_before_its_first_beat(store: PostgresJobStore, job_factory: Jobs, sql: Sql) -> None:
+    """What registers and then stands still for half its lease has to beat before it claims, like any other."""
+    daemon = await store.register(host="test", pid=1, version="0", queues={}, lease=LEASE)
+    job_factory("upload")
+    sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = last_heartbeat - interval '8 seconds'")
+    with pytest.raises(LeaseLostError):
+        await store.claim("upload", daemon, 1)
+
+
 async def _claimed_behind_the_lock(url: str, store: PostgresJobStore, daemon_id: int, sql: Sql) -> list[Job]:
     """Beat, claim while somebody holds the queue's lock, and let the lease lapse before that one lets go."""
     sql.execute("UPDATE jobdaemon.queues SET cluster_limit = 5 WHERE name = 'upload'")

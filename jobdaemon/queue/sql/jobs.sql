@@ -1,10 +1,10 @@
 -- Jobs and daemons. Every name is qualified: the daemon needs no search_path. Time is the database's.
 
 -- name: register_daemon
--- A new worker row of procrastinate's, and what we know about the daemon behind it; one that was draining under its old id ($5)
--- still is.
+-- A new worker row of procrastinate's with a lease ($6, seconds) from now on, and what we know about the daemon behind it; one that
+-- was draining under its old id ($5) still is.
 WITH worker AS (
-    INSERT INTO jobdaemon.procrastinate_workers DEFAULT VALUES RETURNING id
+    INSERT INTO jobdaemon.procrastinate_workers (lease) VALUES ($6::float8 * interval '1 second') RETURNING id
 )
 INSERT INTO jobdaemon.daemons (id, host, pid, version, queues, status)
 SELECT id, $1, $2, $3, $4::jsonb,
