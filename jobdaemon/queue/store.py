@@ -105,6 +105,18 @@ class LostJob(NamedTuple):
     last_beat: str
 
 
+class Look(NamedTuple):
+    """
+    What a look for lost jobs found.
+
+    Attributes:
+        lapse: in how long it may find more, if the heartbeats that it saw are the last ones; None for never.
+    """
+
+    lost: list[LostJob]
+    lapse: timedelta | None
+
+
 @dataclass(frozen=True, slots=True)
 class OrderChange:
     """An order that a commit moved on; *told* is False when listeners still have to hear of it."""
@@ -450,11 +462,9 @@ class PostgresJobStore:
             for id, order in zip(order_ids, orders, strict=True)  # noqa: A001 - an order's
         ]
 
-    async def lost_jobs(
-        self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500
-    ) -> list[LostJob]:
+    async def lost_jobs(self, daemon_id: int, running: Iterable[int], *, lease: timedelta | None, limit: int = 500) -> Look:
         """
-        Running jobs that nobody runs; and jobs of *running* that belong to nobody.
+        Look for running jobs that nobody runs, and for jobs of *running* that belong to nobody.
 
         The database judges others only for a daemon whose own heartbeats have come without a gap for a whole lease.
 
@@ -467,13 +477,10 @@ class PostgresJobStore:
         lease_s = None if lease is None else lease.total_seconds()
         async with self._upkeep.use() as connection:
             records = await connection.fetch(_JOBS["lost_jobs"], lease_s, limit, daemon_id, list(running))
-        return [LostJob(_job(record, record["queue_name"]), record["worker_id"], record["last_beat"]) for record in records]
-
-    async def next_lapse(self, daemon_id: int, *, lease: timedelta) -> timedelta | None:
-        """In how long :meth:`lost_jobs` may first find another daemon's jobs, if that is silent from now on; None for never."""
-        async with self._upkeep.use() as connection:
-            seconds = await connection.fetchval(_JOBS["next_lapse"], daemon_id, lease.total_seconds())
-        return None if seconds is None else timedelta(seconds=seconds)
+        jobs = [record for record in records if record["id"] is not None]
+        lost = [LostJob(_job(record, record["queue_name"]), record["worker_id"], record["last_beat"]) for record in jobs]
+        seconds = records[0]["lapses_in_s"]
+        return Look(lost, None if seconds is None else timedelta(seconds=seconds))
 
     async def adopt_jobs(self, daemon_id: int, jobs: Iterable[Job]) -> None:
         """Take jobs that run here along under a new id, after somebody removed this daemon's row; what is held is left."""

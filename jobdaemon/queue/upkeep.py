@@ -227,12 +227,10 @@ class Upkeep:
 
     async def _rescue(self, *, is_poll: bool) -> None:
         daemon_id = self._daemon_id()
-        # Asked for first: what lapses between the two is found by this look.
-        lapse = await self._store.next_lapse(daemon_id, lease=self._lease)
+        running = [job.id for team in self._teams.values() for job in team.running_jobs]
+        found, lapse = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
         if lapse is not None:
             self._look_in(lapse)
-        running = [job.id for team in self._teams.values() for job in team.running_jobs]
-        found = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
         lost = [one for one in found if (one.job.id, one.job.token) not in self._ends]
         # Before anything else is awaited: the answer to a claim comes before this, and the job runs, or after it, and is dropped.
         strays = {(one.job.id, one.job.token): one.job for one in lost if one.owner == daemon_id}

@@ -300,7 +300,7 @@ class EngineMachine(RuleBasedStateMachine):
             [1.1 if is_steady else 0.9, daemon],
         )
         mine = [job_id for job_id, job in self.reference.jobs.items() if job.worker == daemon and job.status == "doing"]
-        lost = self.run_(self.bench.store.lost_jobs(daemon, mine, lease=LEASE))
+        lost = self.run_(self.bench.store.lost_jobs(daemon, mine, lease=LEASE)).lost
         assert {job.id for job, _, _ in lost} == {
             job_id
             for job_id, job in self.reference.jobs.items()

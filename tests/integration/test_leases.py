@@ -200,7 +200,7 @@ async def _beat(store: PostgresJobStore, daemon: int) -> None:
 
 
 async def _found(store: PostgresJobStore, looker: int) -> list[int | None]:
-    return [lost.owner for lost in await store.lost_jobs(looker, [], lease=LEASE)]
+    return [lost.owner for lost in (await store.lost_jobs(looker, [], lease=LEASE)).lost]
 
 
 @pytest.mark.parametrize("leap", ["-1 minute", "-1 hour", "1 minute", "1 hour", "-8 seconds", "8 seconds"])
@@ -291,6 +291,37 @@ async def test_a_lease_that_is_longer_than_the_lookers_holds(
     assert await _found(store, looker) == []
 
 
+@pytest.mark.parametrize(
+    ("steady_for", "other", "expected"),
+    [(60, 5, 10), (60, 20, None), (5, 20, 10), (5, 2, 13), (12, 5, 10)],
+    ids=[
+        "another may lapse",
+        "all lapsed are found",
+        "is to be steady first",
+        "lapses after that",
+        "lapses, and is steady before",
+    ],
+)
+async def test_a_look_tells_when_to_look_again(
+    store: PostgresJobStore,
+    claimed_job_factory: Claimed,
+    sql: Sql,
+    steady_for: int,
+    other: int,
+    expected: int | None,
+) -> None:
+    """A look may find more when a heartbeat lapses and the looker has beaten for a lease. Seconds ago; in seconds."""
+    looker, worker = await _two_daemons(store, claimed_job_factory, sql)
+    beaten = "UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - %s * interval '1 second' WHERE id = %s"
+    sql.execute(beaten, [other, worker])
+    sql.execute(
+        "UPDATE jobdaemon.procrastinate_workers SET steady_since = now() - %s * interval '1 second' WHERE id = %s",
+        [steady_for, looker],
+    )
+    lapse = (await store.lost_jobs(looker, [], lease=LEASE)).lapse
+    assert (None if lapse is None else round(lapse.total_seconds())) == expected
+
+
 @pytest.mark.parametrize("mishap", ["a lock", "a standstill"])
 async def test_nobody_that_lives_is_rescued(engine_database: str, order_factory: Orders, sql: Sql, mishap: str) -> None:
     """Where beats and looks wait longer than a lease for a lock, or all daemons stand still, each keeps what it runs."""
@@ -357,14 +388,14 @@ async def test_a_rescue_comes_too_late_for_jobs_that_came_along(
     looker, worker = await _two_daemons(store, claimed_job_factory, sql)
     sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [worker])
     again = await store.register(host="test", pid=3, version="0", queues={}, was=worker)
-    [job] = [lost.job for lost in await store.lost_jobs(looker, [], lease=LEASE)]
+    [job] = [lost.job for lost in (await store.lost_jobs(looker, [], lease=LEASE)).lost]
     came_along = store.adopt_jobs(again, [job])
     assert (await _rescued(store, looker, End.INTERRUPTED, meanwhile=came_along))[1] is Verdict.LEASE_LOST
 
 
 async def _rescued(store: PostgresJobStore, looker: int, end: End, *, meanwhile: Awaitable[None]) -> tuple[Job, Verdict]:
     """Find the one job that is lost; let something else happen; rescue it, so that it *end*s."""
-    [lost] = await store.lost_jobs(looker, [], lease=LEASE)
+    [lost] = (await store.lost_jobs(looker, [], lease=LEASE)).lost
     await meanwhile
     [verdict] = (await store.commit([Transition(lost.job, end, last_beat=lost.last_beat)], daemon_id=looker)).verdicts
     return lost.job, verdict

@@ -59,12 +59,12 @@ async def test_only_silent_or_removed_workers_lose_their_jobs(
 
     async def lost_ids() -> list[int]:
         _steady(sql, observer)
-        return [lost.job.id for lost in await store.lost_jobs(observer, [], lease=LEASE)]
+        return [lost.job.id for lost in (await store.lost_jobs(observer, [], lease=LEASE)).lost]
 
     assert await lost_ids() == []
     _silence(sql, other)
     assert await lost_ids() == [lost]
-    assert await store.lost_jobs(observer, [], lease=None) == []
+    assert (await store.lost_jobs(observer, [], lease=None)).lost == []
     sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [other])
     assert await lost_ids() == [lost]
 

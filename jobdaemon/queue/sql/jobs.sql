@@ -106,32 +106,31 @@ FROM locked l WHERE j.id = l.id;
 -- removed its row. Others are judged only by a worker whose own beats have come without a gap for a whole lease, the last one within
 -- half a lease: after an outage, a long lock, a standstill of all or a leap of the clock everybody looks silent, itself included. One
 -- reading of the clock is for both, so that it does not matter how long this statement had to wait. No lock: the fence decides.
+-- At least one row, if only to say in how many seconds a look may find more: another heartbeat lapses, or we may judge from then on.
 WITH look AS MATERIALIZED (
-    SELECT c.at, c.lease, EXISTS (SELECT FROM jobdaemon.procrastinate_workers w
-        WHERE w.id = $3 AND w.last_heartbeat BETWEEN c.at - c.lease / 2 AND c.at AND w.steady_since <= c.at - c.lease) AS may_judge
+    SELECT c.at, c.lease, us.last_heartbeat BETWEEN c.at - c.lease / 2 AND c.at AND us.steady_since <= c.at - c.lease AS may_judge,
+        us.steady_since + c.lease AS judges_at
     FROM (SELECT clock_timestamp() AS at, $1 * interval '1 second' AS lease) AS c
+    LEFT JOIN jobdaemon.procrastinate_workers us ON us.id = $3
+), lapse AS (
+    SELECT min(beat.lapses_at) AS at
+    FROM look l CROSS JOIN jobdaemon.procrastinate_workers w
+    CROSS JOIN LATERAL (SELECT greatest(w.last_heartbeat + greatest(l.lease, w.lease), l.judges_at) AS lapses_at) AS beat
+    WHERE w.id <> $3 AND beat.lapses_at > l.at
+), lost AS (
+    SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id,
+        coalesce(extract(epoch FROM w.last_heartbeat)::text, '') AS last_beat
+    FROM look l CROSS JOIN jobdaemon.procrastinate_jobs j
+    LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
+    WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
+        AND CASE WHEN j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true) THEN j.worker_id IS NULL
+            WHEN j.worker_id = $3 THEN true
+            ELSE l.may_judge AND (w.id IS NULL
+                OR w.last_heartbeat NOT BETWEEN l.at - greatest(l.lease, w.lease) AND l.at + greatest(l.lease, w.lease)) END
+    ORDER BY j.id LIMIT $2
 )
-SELECT j.id, j.queue_name, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token, j.key_alias, j.worker_id,
-    coalesce(extract(epoch FROM w.last_heartbeat)::text, '') AS last_beat
-FROM look l CROSS JOIN jobdaemon.procrastinate_jobs j
-LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = j.worker_id
-WHERE j.status = 'doing' AND j.queue_name IN (SELECT q.name FROM jobdaemon.queues q)
-    AND CASE WHEN j.id = ANY ($4::bigint[]) AND coalesce(j.worker_id = $3, true) THEN j.worker_id IS NULL
-        WHEN j.worker_id = $3 THEN true
-        ELSE l.may_judge AND (w.id IS NULL
-            OR w.last_heartbeat NOT BETWEEN l.at - greatest(l.lease, w.lease) AND l.at + greatest(l.lease, w.lease)) END
-ORDER BY j.id LIMIT $2;
-
--- name: next_lapse
--- In how many seconds a look of worker $1, whose lease is $2 seconds, may first find more than now: another worker's heartbeat lapses,
--- or it may itself judge others from then on. NULL: never, as things are.
-SELECT extract(epoch FROM min(lapse.at) - ours.at)::float8
-FROM (SELECT clock_timestamp() AS at, $2 * interval '1 second' AS lease,
-    (SELECT w.steady_since FROM jobdaemon.procrastinate_workers w WHERE w.id = $1) AS steady_since) AS ours
-CROSS JOIN jobdaemon.procrastinate_workers w
-CROSS JOIN LATERAL (SELECT greatest(w.last_heartbeat + greatest(ours.lease, w.lease), ours.steady_since + ours.lease) AS at) AS lapse
-WHERE w.id <> $1 AND lapse.at > ours.at
-GROUP BY ours.at;
+SELECT extract(epoch FROM lapse.at - look.at)::float8 AS lapses_in_s, lost.*
+FROM look CROSS JOIN lapse LEFT JOIN lost ON true ORDER BY lost.id;
 
 -- name: adopt_jobs
 -- Running jobs that belong to nobody become those of worker $1, where the tokens ($3) of its attempts still hold.
