@@ -23,6 +23,7 @@ TABLES = (
     "provider_keys",
     "cache",
     "cache_counts",
+    "prewarmed",
     "plans",
     "queues",
     "orders",
@@ -43,6 +44,7 @@ VIEWS = (
     "workers",
     "keys",
     "cache_stats",
+    "prewarm_stats",
 )
 
 
@@ -70,6 +72,7 @@ def test_producer_calls_functions_and_reads_nothing(login: Callable[[str], str])
         assert row is not None
         assert app.execute("SELECT jobdaemon.cancel_order(%s)", [row[0]]).fetchone() == ("cancelled",)
         app.execute("SELECT jobdaemon.pause_queue('upload')")
+        assert app.execute("SELECT created FROM jobdaemon.prewarm(%s)", [SOURCE]).fetchone() == (True,)
         for call in ("pause_key('nobody', 'a')", "resume_key('nobody', 'a')"):
             with pytest.raises(psycopg.Error, match="unknown key"):
                 app.execute(f"SELECT jobdaemon.{call}".encode())
@@ -98,7 +101,7 @@ def test_reader_reads_views_only(login: Callable[[str], str]) -> None:
         for table in TABLES:
             with pytest.raises(errors.InsufficientPrivilege):
                 app.execute(f"SELECT * FROM jobdaemon.{table}".encode())
-        for call in (f"enqueue_order('Free', '{SOURCE}')", "pause_queue('upload')", "cancel_order(1)"):
+        for call in (f"enqueue_order('Free', '{SOURCE}')", f"prewarm('{SOURCE}')", "pause_queue('upload')", "cancel_order(1)"):
             with pytest.raises(errors.InsufficientPrivilege):
                 app.execute(f"SELECT jobdaemon.{call}".encode())
         with pytest.raises(errors.InsufficientPrivilege):
@@ -149,6 +152,12 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         await store.cache.dropped(1)
         await store.cache.remove([1])
         assert await store.cache.is_empty()
+        assert await store.prewarmed.take("0" * 64, "0" * 64) is None
+        assert not await store.prewarmed.has("0" * 64, "0" * 64)
+        await store.prewarmed.forget(1)
+        await store.prewarmed.trim(moment, 1, 1)
+        await store.prewarmed.dropped(1)
+        await store.prewarmed.remove([1])
         await store.set_daemon_status(daemon_id, "stopped")
     finally:
         await store.close()
