@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from jobdaemon.settings_generate import ProviderKeySettings
 
 
+#: A prewarm fetches its photo within this time: an order may be waiting for its slot.
+_PREWARM_FETCH = timedelta(seconds=5)
 #: Between two tries to start an embedded server that died.
 _REVIVE_S = 1.0
 
@@ -509,11 +512,8 @@ def build_stages(
     photos = settings.photos
     result_limits = PhotoLimits(photos.result_max_bytes, photos.max_pixels)
 
-    async def fetch(url: str, max_bytes: int) -> bytes:
-        return (await client.download(url, max_bytes=max_bytes, timeout=photos.source_timeout)).content
-
-    async def fetch_photo(url: str) -> bytes:
-        return await fetch(url, photos.max_bytes)
+    async def fetch(url: str, max_bytes: int, most: timedelta = photos.source_timeout) -> bytes:
+        return (await client.download(url, max_bytes=max_bytes, timeout=min(most, photos.source_timeout))).content
 
     prewarming = Prewarming(
         orders.prewarmed, artifacts, backend, strength=settings.beautify.strength, backend_key=_backend_key(settings)
@@ -523,11 +523,13 @@ def build_stages(
             orders=orders,
             store=artifacts,
             prewarming=prewarming,
-            fetch=fetch_photo,
+            fetch=lambda url: fetch(url, photos.max_bytes),
             max_photo_bytes=photos.max_bytes,
             images_per_call=_images_per_call(settings, providers),
         ),
-        Task.PREWARM: PrewarmStage(prewarming, artifacts, fetch_photo, max_photo_bytes=photos.max_bytes),
+        Task.PREWARM: PrewarmStage(
+            prewarming, artifacts, lambda url: fetch(url, photos.max_bytes, _PREWARM_FETCH), max_photo_bytes=photos.max_bytes
+        ),
         Task.GENERATE: GenerateStage(
             orders=orders,
             store=artifacts,

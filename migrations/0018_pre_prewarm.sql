@@ -88,7 +88,7 @@ BEGIN
     ELSIF (SELECT count(*) FROM (SELECT FROM procrastinate_jobs j
             WHERE j.task_name = 'jobdaemon.prewarm' AND j.status IN ('todo', 'doing') LIMIT v_most) AS open) >= v_most
     THEN
-        RAISE EXCEPTION 'queue full: % prewarms are open already', v_most USING ERRCODE = 'JD002';
+        RAISE EXCEPTION 'queue full: as many prewarms are open as may be (%)', v_most USING ERRCODE = 'JD002';
     END IF;
     v_id := (procrastinate_defer_jobs_v1(ARRAY[ROW('beautify', 'jobdaemon.prewarm', prewarm_priority(),
         NULL, NULL, jsonb_build_object('source', prewarm.source), NULL)::procrastinate_job_to_defer_v1]))[1];

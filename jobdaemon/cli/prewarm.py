@@ -41,7 +41,7 @@ def prewarm(
     elif status == "succeeded":
         print("The photo is prewarmed.")
     else:
-        print(text(sentence(f"the photo was not prewarmed: {error or f'its job {job_id} was {status}'}")), file=sys.stderr)
+        print(text(sentence(f"The photo was not prewarmed: {error or f'its job {job_id} was {status}'}")), file=sys.stderr)
     if status != "succeeded":
         raise typer.Exit(ExitCode.FAILED)
 

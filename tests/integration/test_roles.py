@@ -17,7 +17,7 @@ from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.outcome import End, Signal, Transition, Verdict
 from jobdaemon.domain.write import OrderStarted
 from jobdaemon.queue.store import PostgresJobStore
-from tests.factories import PLANS, QUEUES, SOURCE, Sql
+from tests.factories import PLANS, QUEUES, SOURCE, Sql, prewarmed
 
 TABLES = (
     "provider_keys",
@@ -152,13 +152,27 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         await store.cache.dropped(1)
         await store.cache.remove([1])
         assert await store.cache.is_empty()
-        assert await store.prewarmed.take("0" * 64, "0" * 64) is None
-        assert not await store.prewarmed.has("0" * 64, "0" * 64)
-        await store.prewarmed.forget(1)
-        await store.prewarmed.trim(moment, 1, 1)
-        await store.prewarmed.dropped(1)
-        await store.prewarmed.remove([1])
         await store.set_daemon_status(daemon_id, "stopped")
+    finally:
+        await store.close()
+
+
+async def test_daemon_keeps_prewarmed_photos(login: Callable[[str], str], sql: Sql) -> None:
+    """The daemon's role runs a prewarm and all that is asked of what it made."""
+    sql.execute("SELECT jobdaemon.prewarm(%s)", [SOURCE])
+    store = PostgresJobStore(DatabaseAddress(login("jobdaemon_daemon")))
+    try:
+        daemon_id = await store.register(host="h", pid=1, version="0", queues={"beautify": 1})
+        [job] = await store.claim("beautify", daemon_id, 1)
+        made = prewarmed(1)
+        await store.commit([Transition(job, End.SUCCEEDED, writes=(made,))], daemon_id=daemon_id)
+        assert await store.prewarmed.has(made.photo, made.backend)
+        found = await store.prewarmed.take(made.photo, made.backend)
+        assert found is not None
+        await store.prewarmed.forget(found.id)
+        assert await store.prewarmed.trim(timedelta(seconds=1), 1, 1) == 0
+        assert list(await store.prewarmed.dropped(1)) == [found.id]
+        await store.prewarmed.remove([found.id])
     finally:
         await store.close()
 
