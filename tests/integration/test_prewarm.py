@@ -20,7 +20,7 @@ from psycopg.rows import dict_row
 from jobdaemon import app
 from jobdaemon.app import Daemon
 from jobdaemon.domain.artifact import source_key
-from jobdaemon.domain.job import Task
+from jobdaemon.domain.job import PREWARM_PRIORITY, Task
 from jobdaemon.ports import Attempt, BeautifiedPhoto, BeautifyBackend
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import Stages, running_daemon, until
@@ -87,6 +87,16 @@ class Studio:
         row = self.sql.execute("SELECT job_id FROM jobdaemon.prewarm(%s)", [source or self.source]).fetchone()
         assert row is not None
         return int(row["job_id"])
+
+    def prewarm_past_the_door(self, source: str) -> int:
+        """Of a source that only an allowed host may have."""
+        row = self.sql.execute(
+            "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, priority, args)"
+            " VALUES ('beautify', %s, %s, jsonb_build_object('source', %s::text)) RETURNING id",
+            [Task.PREWARM, PREWARM_PRIORITY, source],
+        ).fetchone()
+        assert row is not None
+        return int(row["id"])
 
     def job(self, job_id: int) -> Row:
         row = self.sql.execute("SELECT * FROM jobdaemon.procrastinate_jobs WHERE id = %s", [job_id]).fetchone()
@@ -215,6 +225,44 @@ async def test_bad_photos_fail_at_once(studio: Studio, source: str, kind: str) -
     [row] = studio.sql.execute("SELECT outcome, error_kind, attempt, order_id FROM jobdaemon.attempts").fetchall()
     assert row == {"outcome": "failed", "error_kind": kind, "attempt": 1, "order_id": None}
     assert (studio.stats(), studio.copies()) == ((0, 0), [])
+
+
+@asynccontextmanager
+async def photo_host(content: bytes | None) -> AsyncIterator[str]:
+    """Serves *content* to everybody, or nothing for ever; gives its address."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if content is not None:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(content) + content)
+        else:
+            await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.newest_postgres
+async def test_photos_are_the_same_by_their_bytes(studio: Studio) -> None:
+    """What was fetched from a host and what lies in the store is one photo when the bytes are."""
+    async with photo_host(PORTRAIT.read_bytes()) as host, studio.at_work(PHOTOS__ALLOWED_HOSTS=host):
+        await studio.ended(studio.prewarm_past_the_door(f"http://{host}/portrait"))
+        await studio.beautified(studio.orders("Free", studio.source))
+        assert (studio.calls, studio.stats()) == (1, (1, 1))
+
+
+@pytest.mark.newest_postgres
+async def test_a_slow_host_holds_no_slot(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that says nothing has a prewarm for a short while only; then an order goes first."""
+    monkeypatch.setattr(app, "_PREWARM_FETCH", timedelta(milliseconds=200))
+    async with photo_host(None) as host, studio.at_work(PHOTOS__ALLOWED_HOSTS=host):
+        job_id = studio.prewarm_past_the_door(f"http://{host}/portrait")
+        await until(lambda: studio.job(job_id)["status"] == "doing")
+        await studio.beautified(studio.orders("Free", studio.source))
+        assert studio.job(job_id)["attempts"] == 1
+        [attempt] = studio.sql.execute("SELECT outcome, error FROM jobdaemon.attempts").fetchall()
+        assert attempt == {"outcome": "retry", "error": f"http://{host}/portrait was not fetched within 0.2 s."}
 
 
 @pytest.mark.newest_postgres
