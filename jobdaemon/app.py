@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -22,12 +23,14 @@ from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
+from jobdaemon.domain.prewarm import backend_key
 from jobdaemon.domain.retry import RetryPolicy
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
 from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.image_cache import CacheKeeper
+from jobdaemon.queue.prewarmed import PrewarmedKeeper
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from jobdaemon.settings_generate import ProviderKeySettings
 
 
+#: A prewarm fetches its photo within this time: an order may be waiting for its slot.
+_PREWARM_FETCH = timedelta(seconds=5)
 #: Between two tries to start an embedded server that died.
 _REVIVE_S = 1.0
 
@@ -397,7 +402,10 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             discard=lambda keys: _discard(artifacts, keys, events),
             images_per_call=_images_per_call(settings, providers),
             fallback=_fallback_rules(settings, providers),
-            companions=(_cache_keeper(settings, store, artifacts, events).run,),
+            companions=(
+                _cache_keeper(settings, store, artifacts, events).run,
+                _prewarmed_keeper(settings, store, artifacts, events).run,
+            ),
         )
         yield Daemon(supervisor, store, artifacts)
 
@@ -436,6 +444,16 @@ def _cache_keeper(settings: Settings, store: PostgresJobStore, artifacts: Artifa
         max_image_bytes=settings.photos.result_max_bytes,
         poll=settings.engine.poll,
     )
+
+
+def _prewarmed_keeper(settings: Settings, store: PostgresJobStore, artifacts: ArtifactStore, events: Events) -> PrewarmedKeeper:
+    return PrewarmedKeeper(store.prewarmed, artifacts, events, ttl=settings.prewarm.ttl, max_bytes=settings.prewarm.max_bytes)
+
+
+def _backend_key(settings: Settings) -> str:
+    """Whose prewarmed photos are ours too. What is not left out counts: a new setting costs a few hits, and no wrong photo."""
+    shaping = settings.beautify.model_dump(mode="json", exclude={"threads"})
+    return backend_key(program_version(), shaping | {"max_pixels": settings.photos.max_pixels})
 
 
 def _images_per_call(settings: Settings, providers: Mapping[str, Provider]) -> Callable[[str], int]:
@@ -488,23 +506,29 @@ def build_stages(
     from jobdaemon.stages.abandon import AbandonStage
     from jobdaemon.stages.beautify import BeautifyStage
     from jobdaemon.stages.generate import GenerateStage
+    from jobdaemon.stages.prewarm import Prewarming, PrewarmStage
     from jobdaemon.stages.upload import RemoveStage, UploadStage
 
     photos = settings.photos
     result_limits = PhotoLimits(photos.result_max_bytes, photos.max_pixels)
 
-    async def fetch(url: str, max_bytes: int) -> bytes:
-        return (await client.download(url, max_bytes=max_bytes, timeout=photos.source_timeout)).content
+    async def fetch(url: str, max_bytes: int, most: timedelta = photos.source_timeout) -> bytes:
+        return (await client.download(url, max_bytes=max_bytes, timeout=min(most, photos.source_timeout))).content
 
+    prewarming = Prewarming(
+        orders.prewarmed, artifacts, backend, strength=settings.beautify.strength, backend_key=_backend_key(settings)
+    )
     return {
         Task.BEAUTIFY: BeautifyStage(
             orders=orders,
             store=artifacts,
-            backend=backend,
+            prewarming=prewarming,
             fetch=lambda url: fetch(url, photos.max_bytes),
-            strength=settings.beautify.strength,
             max_photo_bytes=photos.max_bytes,
             images_per_call=_images_per_call(settings, providers),
+        ),
+        Task.PREWARM: PrewarmStage(
+            prewarming, artifacts, lambda url: fetch(url, photos.max_bytes, _PREWARM_FETCH), max_photo_bytes=photos.max_bytes
         ),
         Task.GENERATE: GenerateStage(
             orders=orders,

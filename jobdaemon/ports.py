@@ -456,3 +456,42 @@ class ImageCache(Protocol):
     async def forget(self, entry_id: int) -> None:
         """A hit that was none: its artifact is missing or damaged."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prewarmed:
+    """
+    A photo that was beautified before it was ordered; the rest as in :class:`BeautifiedPhoto`.
+
+    Attributes:
+        artifact: where it lies, if what is there has that digest.
+    """
+
+    id: int
+    artifact: Artifact
+    width: int
+    height: int
+    faces: int
+    unrestored: int
+    model: str
+    device: str
+
+
+class PrewarmedPhotos(Protocol):
+    """
+    Knows what was beautified before it was ordered, over all daemons. Every method raises DatabaseUnavailableError.
+
+    *photo* is the digest of the source photo's bytes, *backend* a :func:`jobdaemon.domain.prewarm.backend_key`.
+    """
+
+    async def take(self, photo: str, backend: str) -> Prewarmed | None:
+        """What an order is about to copy; None when there is nothing."""
+        ...
+
+    async def has(self, photo: str, backend: str) -> bool:
+        """Whether there is anything."""
+        ...
+
+    async def forget(self, entry_id: int) -> None:
+        """What was taken is missing or damaged."""
+        ...

@@ -38,6 +38,7 @@ from jobdaemon.redact import MASK, mask_url
 from jobdaemon.settings_generate import (
     CacheSettings,
     GenerateSettings,
+    PrewarmSettings,
     ProviderKeySettings,
     SuperbedSettings,
     provider_contradictions,
@@ -455,6 +456,7 @@ class Settings(Section):
     plans: PlansSettings = PlansSettings()
     orders: OrdersSettings = OrdersSettings()
     beautify: BeautifySettings = BeautifySettings()
+    prewarm: PrewarmSettings = PrewarmSettings()
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
     cache: CacheSettings = CacheSettings()
     superbed: SuperbedSettings = SuperbedSettings()

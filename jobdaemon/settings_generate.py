@@ -255,6 +255,19 @@ class CacheSettings(Section):
     max_bytes: Size = 10_000_000_000
 
 
+class PrewarmSettings(Section):
+    """
+    Photos that are beautified before anybody orders them.
+
+    Attributes:
+        ttl: how long such a photo is kept, and how long a prewarm waits for an idle slot.
+        max_bytes: of all of them; what was made first goes first.
+    """
+
+    ttl: LongerThanZero = timedelta(hours=24)
+    max_bytes: Size = 1_000_000_000
+
+
 #: Settings of providers that say how images are asked for, and nothing of how they look. What is not here counts: a new setting
 #: costs a few hits until it is listed, and never gives a wrong image.
 _ONLY_HOW = {

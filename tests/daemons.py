@@ -19,7 +19,7 @@ from jobdaemon.ports import Attempt
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
-from tests.factories import PLANS, QUEUES, RULES, beautified, generated, stored
+from tests.factories import PLANS, QUEUES, RULES, beautified, generated, prewarmed, stored
 
 #: Fast enough for a test, slow enough for a noisy machine.
 QUICK = EngineRules(
@@ -89,7 +89,11 @@ async def _upload(attempt: Attempt) -> Done:
     return Done((stored(attempt.job.args["order_id"], attempt.job.args["image"]),))
 
 
-_WORK = {Task.BEAUTIFY: _beautify, Task.GENERATE: _generate, Task.UPLOAD: _upload}
+async def _prewarm(attempt: Attempt) -> Done:
+    return Done((prewarmed(attempt.job.id),))
+
+
+_WORK = {Task.BEAUTIFY: _beautify, Task.PREWARM: _prewarm, Task.GENERATE: _generate, Task.UPLOAD: _upload}
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
-from jobdaemon.domain.write import ImageGenerated, ImageStored, PhotoBeautified
+from jobdaemon.domain.write import ImageGenerated, ImageStored, PhotoBeautified, PhotoPrewarmed
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.store import PostgresJobStore
 
@@ -26,6 +26,7 @@ Sql = psycopg.Connection[Row]
 
 POLICY = RetryPolicy(attempts=3, backoff=timedelta(seconds=2), cap=timedelta(seconds=10), jitter=0.2)
 RULES = AttemptRules(run_timeout=timedelta(seconds=30), retry=POLICY)
+BACKEND = "f" * 64
 ARTIFACT = Artifact("work/1/beautified-0123456789abcdef.jpg", "0" * 64, 10, "image/jpeg")
 
 
@@ -50,6 +51,13 @@ def beautified(order_id: int, *then: Any) -> PhotoBeautified:
     return PhotoBeautified(
         order_id, ARTIFACT, width=100, height=100, faces=1, unrestored=0, model="test 1", device="cpu", then=tuple(then)
     )
+
+
+def prewarmed(number: int, size_bytes: int = 10, *, photo: int | None = None) -> PhotoPrewarmed:
+    """What a successful prewarm attempt writes: of the photo with this number, if it is another one than the artifact's."""
+    artifact = Artifact(f"prewarmed/{number}.jpg", f"{number:064x}", size_bytes, "image/jpeg")
+    digest = f"{number if photo is None else photo:064x}"
+    return PhotoPrewarmed(digest, BACKEND, artifact, width=100, height=100, faces=1, unrestored=0, model="test 1", device="cpu")
 
 
 def generated(order_id: int, index: int, *then: Any, locator: str = "artifact:work/1/001-0123456789abcdef.jpg") -> ImageGenerated:

@@ -18,6 +18,7 @@ from jobdaemon.ports import (
     ImageRow,
     OnUnknownSubmit,
     OrderRow,
+    Prewarmed,
     ProviderCall,
     ProviderEvent,
 )
@@ -109,6 +110,23 @@ class FakeBackend:
 
     async def close(self) -> None:
         """Nothing to free."""
+
+
+@dataclass(slots=True)
+class FakePrewarmed:
+    """PrewarmedPhotos in a dict, by photo and backend."""
+
+    photos: dict[tuple[str, str], Prewarmed] = field(default_factory=dict)
+    forgotten: list[int] = field(default_factory=list)
+
+    async def take(self, photo: str, backend: str) -> Prewarmed | None:
+        return self.photos.get((photo, backend))
+
+    async def has(self, photo: str, backend: str) -> bool:
+        return (photo, backend) in self.photos
+
+    async def forget(self, entry_id: int) -> None:
+        self.forgotten.append(entry_id)
 
 
 @dataclass(slots=True)

@@ -41,6 +41,7 @@ OUR_INDEXES = (
     "jobs_failed_idx",
     "jobs_order_idx",
     "jobs_stopped_idx",
+    "jobs_prewarm_idx",
 )
 
 _TRIGGERS = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'jobdaemon.procrastinate_jobs'::regclass AND NOT tgisinternal"

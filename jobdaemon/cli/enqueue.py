@@ -62,7 +62,7 @@ def enqueue(
     with open_database(settings) as connection, Desk(settings, connection) as desk:
         if source == "-":
             raise typer.Exit(_enqueue_lines(desk, defaults))
-        wish = defaults | {"key": key} | _source_or_photo(source)
+        wish = defaults | {"key": key} | source_or_photo(source)
         enqueued = _enqueue_or_refuse(desk, wish)
         if wait:
             _wait(settings, connection, enqueued, as_json=as_json)
@@ -144,9 +144,15 @@ class Desk:
         order = NewOrder(**values if photo is None else values | {"source": "artifact:photo"})
         if photo is None:
             return order
-        return NewOrder(**values | {"source": self._stored(photo)})
+        return NewOrder(**values | {"source": self.stored(photo)})
 
-    def _stored(self, photo: object) -> str:
+    def stored(self, photo: object) -> str:
+        """
+        Check and store the photo at this path; returns the source that it is then.
+
+        Raises:
+            InvalidOrderError, UnsupportedImageError: it is no good. Permanent.
+        """
         from jobdaemon import app
         from jobdaemon.errors import InvalidOrderError
         from jobdaemon.intake import read_photo_file, store_photo
@@ -177,7 +183,7 @@ class Desk:
         return moment
 
 
-def _source_or_photo(argument: str) -> dict[str, str]:
+def source_or_photo(argument: str) -> dict[str, str]:
     """What has a scheme is a source, and the database says which ones it takes; everything else is a file here."""
     return {"source": argument} if "://" in argument or argument.startswith("artifact:") else {"photo": argument}
 

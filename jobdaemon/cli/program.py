@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from jobdaemon.cli import cache, check, config, control, enqueue, jobs, keys, migrate, orders, queues
 from jobdaemon.cli.errors import ExitCode, explain, sentence
 from jobdaemon.cli.explain import explain as explain_order
+from jobdaemon.cli.prewarm import prewarm
 from jobdaemon.cli.process import process
 from jobdaemon.cli.run import run
 from jobdaemon.cli.sandbox import sandbox
@@ -120,6 +121,7 @@ for verb, name in (
     (process, "process"),
     (run, "run"),
     (enqueue.enqueue, "enqueue"),
+    (prewarm, "prewarm"),
     (orders.orders, "orders"),
     (orders.order, "order"),
     (orders.cancel, "cancel"),

@@ -14,6 +14,8 @@ _NO_ORDER = 2**63
 #: A job whose workers died so often is a suspect: it runs alone.
 SUSPECT_AFTER = 2
 BEAUTIFY_QUEUE = "beautify"
+#: Of jobs that start only when nothing else of their queue is ready: below whatever plans and operators may set.
+PREWARM_PRIORITY = -2_000_000
 UPLOAD_QUEUE = "upload"
 _GENERATE = "generate."
 
@@ -33,6 +35,7 @@ class Task(StrEnum):
     """What a job of ours runs; kept in ``task_name``."""
 
     BEAUTIFY = "jobdaemon.beautify"
+    PREWARM = "jobdaemon.prewarm"
     GENERATE = "jobdaemon.generate"
     UPLOAD = "jobdaemon.upload"
     REMOVE = "jobdaemon.remove"

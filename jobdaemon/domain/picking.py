@@ -2,8 +2,9 @@
 Which of a queue's ready jobs start next. The claim decides this in SQL (``pick_jobs``, ``pick_shared_jobs``); tests hold it equal
 to :func:`pick`, and the capacity simulator runs on this page.
 
-Three rules, each giving way to the one before it:
+Four rules, each giving way to the one before it:
 
+- **Idle slots**: a prewarm starts only when every other ready job of its queue starts too.
 - **Fair share**: nobody gets a slot above the share while somebody within the share waits. What is left goes round, to the
   customer who runs least. Work of no customer is always within the share.
 - **Lifting**: lifted work goes first, but while work of the highest plan waits too, only after three of that have started.
@@ -16,6 +17,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+
+from jobdaemon.domain.job import PREWARM_PRIORITY
 
 #: The priority of every lifted job: above whatever settings allow, and one for all, so that lifted work goes by age alone.
 LIFTED_PRIORITY = 10_000_000
@@ -45,6 +48,11 @@ class ReadyJob:
     def is_lifted(self) -> bool:
         """Whether it waited longer than its plan's ``lift_after``."""
         return self.priority >= LIFTED_PRIORITY
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for it: it is no prewarm."""
+        return self.priority > PREWARM_PRIORITY
 
     def claim_order(self) -> tuple[int, bool, int, int]:
         """Sorts jobs as they are claimed."""
@@ -86,7 +94,8 @@ def pick(
             this is what lifted work has to share with.
         passed: how often such work went first while lifted work waited, since lifted work last started.
     """
-    waiting = _first_of_each_lock(ready)
+    ready = list(ready)
+    waiting = _first_of_each_lock(job for job in ready if job.is_wanted)
     held = Counter(running)
     picked: list[int] = []
     while waiting and len(picked) < slots:
@@ -98,6 +107,9 @@ def pick(
         picked.append(job.id)
         held[job.customer] += 1
         waiting.remove(job)
+    if len(picked) == sum(job.is_wanted for job in ready):
+        idle = sorted((job for job in ready if not job.is_wanted), key=ReadyJob.claim_order)
+        picked += [job.id for job in idle][: slots - len(picked)]
     return Picked(tuple(picked), passed)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from jobdaemon.domain.fallback import Move, Settle, may_help, moved_sentence
-from jobdaemon.domain.job import Job, provider_of
+from jobdaemon.domain.job import SUSPECT_AFTER, Job, Task, provider_of
 from jobdaemon.domain.outcome import End, Signal, Transition
 from jobdaemon.domain.write import Write
 from jobdaemon.errors import (
@@ -135,7 +135,9 @@ def after_death(job: Job, *, ran_alone: bool, other_deaths: int, dead: Callable[
     deaths = job.deaths + 1
     is_its_own = job.is_suspect and ran_alone
     kind = DIED_ALONE if is_its_own else DIED
-    if deaths >= MAX_DEATHS and is_its_own and other_deaths < STORM_DEATHS:
+    # A suspect would have a whole daemon to itself. Nobody waits for a prewarm: it is given up first, guilty or not.
+    is_unwanted = job.task == Task.PREWARM and deaths >= SUSPECT_AFTER
+    if is_unwanted or (deaths >= MAX_DEATHS and is_its_own and other_deaths < STORM_DEATHS):
         reason = f"{deaths} workers died while this job ran"
         return Transition(job, End.FAILED, writes=dead(reason), error_kind=kind, error=reason, frees_elsewhere=True)
     rest = None if deaths == 1 else min(_DEATH_REST * 2.0 ** min(deaths - 2, 32), _DEATH_REST_CAP)

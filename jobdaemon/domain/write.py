@@ -38,6 +38,27 @@ class PhotoBeautified:
 
 
 @dataclass(frozen=True, slots=True)
+class PhotoPrewarmed:
+    """
+    A photo that nobody ordered yet is beautified and lies in the store, for whoever orders it.
+
+    Attributes:
+        photo: digest of the source photo's bytes.
+        backend: what beautified it, and how: :func:`jobdaemon.domain.prewarm.backend_key`.
+    """
+
+    photo: str
+    backend: str
+    artifact: Artifact
+    width: int
+    height: int
+    faces: int
+    unrestored: int
+    model: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class CallSubmitted:
     """
     A call to a provider is about to be made: never buy it again unless it is known to have failed.
@@ -163,6 +184,7 @@ class ImagesRemoved:
 Write = (
     OrderStarted
     | PhotoBeautified
+    | PhotoPrewarmed
     | CallSubmitted
     | CallAccepted
     | CallEnded

@@ -26,13 +26,14 @@ from jobdaemon.domain.mending import OrderCall, OrderImage, OrderJob, StrayOrder
 from jobdaemon.domain.outcome import Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
-from jobdaemon.domain.write import OrderFailed
+from jobdaemon.domain.write import OrderFailed, PhotoPrewarmed
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
 from jobdaemon.events import Event
 from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, moving, sql, writes
 from jobdaemon.queue.image_cache import CacheRows
 from jobdaemon.queue.key_rests import rest_keys
+from jobdaemon.queue.prewarmed import PrewarmedRows
 from jobdaemon.queue.steering import Steering
 
 #: A job became ready in the queue that is the payload; one will be due later; an operator changed the queue.
@@ -171,6 +172,8 @@ class PostgresJobStore:
         self._pulse = db.Session(address, name="pulse", on_connect=self._listen)
         #: The rows of the cache, over the connections of the stages and of upkeep.
         self.cache = CacheRows(self._reads, self._upkeep)
+        #: The rows of prewarmed photos, over the same.
+        self.prewarmed = PrewarmedRows(self._reads, self._upkeep)
         self._steering = Steering()
         self._on_notify: Callable[[str, str], None] | None = None
         self._on_silence: Callable[[], None] | None = None
@@ -571,7 +574,7 @@ class PostgresJobStore:
             document = json.dumps([writes.row(write) for write in group])
             applied = {tuple(record.values()) for record in await connection.fetch(_ORDERS[statement], document)}
             if statement not in writes.OF_CALLS:
-                touched |= {write.order_id for write in group}
+                touched |= {write.order_id for write in group if not isinstance(write, PhotoPrewarmed)}
             for write in group:
                 if writes.key(write) in applied:
                     following += [writes.job_row(job) for job in getattr(write, "then", ())]

@@ -20,6 +20,7 @@ from jobdaemon.domain.write import (
     OrderFailed,
     OrderStarted,
     PhotoBeautified,
+    PhotoPrewarmed,
     Write,
 )
 from jobdaemon.queue.fence import Ruling
@@ -28,6 +29,7 @@ from jobdaemon.queue.fence import Ruling
 _STATEMENTS: dict[type[Write], str] = {
     OrderStarted: "order_started",
     PhotoBeautified: "photo_beautified",
+    PhotoPrewarmed: "photo_prewarmed",
     CallSubmitted: "call_submitted",
     CallAccepted: "call_accepted",
     ImageGenerated: "image_generated",
@@ -96,6 +98,8 @@ def key(write: Write) -> tuple[int, ...]:
     match write:
         case ImageGenerated() | ImageLost() | ImageStored() | ImageFailed():
             return (write.order_id, write.index)
+        case PhotoPrewarmed():
+            return ()  # nothing follows
         case _:
             return (write.order_id,)
 

@@ -10,8 +10,9 @@ from jobdaemon.domain.expand import WantedImage, generate_jobs
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import OrderStarted, PhotoBeautified
 from jobdaemon.errors import InvalidOrderError
-from jobdaemon.ports import ArtifactStore, Attempt, BeautifyBackend, OrderReader
-from jobdaemon.stages.source import ARTIFACT_SCHEME, fetched
+from jobdaemon.ports import ArtifactStore, Attempt, OrderReader
+from jobdaemon.stages.prewarm import Prewarming
+from jobdaemon.stages.source import source_photo
 
 
 class BeautifyStage:
@@ -22,23 +23,21 @@ class BeautifyStage:
         *,
         orders: OrderReader,
         store: ArtifactStore,
-        backend: BeautifyBackend,
+        prewarming: Prewarming,
         fetch: Callable[[str], Awaitable[bytes]],
-        strength: float,
         max_photo_bytes: int,
         images_per_call: Callable[[str], int],
     ) -> None:
         """
         Args:
+            prewarming: beautifies, unless that was done before.
             fetch: downloads an https source, guarded and bounded.
-            strength: 0.0 (untouched) to 1.0.
             images_per_call: provider name -> how many images one call makes.
         """
         self._orders = orders
         self._store = store
-        self._backend = backend
+        self._prewarming = prewarming
         self._fetch = fetch
-        self._strength = strength
         self._max_photo_bytes = max_photo_bytes
         self._images_per_call = images_per_call
 
@@ -48,7 +47,8 @@ class BeautifyStage:
         if order is None:
             raise InvalidOrderError(f"there is no order {attempt.job.args['order_id']}")
         await attempt.checkpoint(OrderStarted(order.id))
-        result = await self._backend.beautify(await self._photo(order.source), strength=self._strength)
+        photo = await source_photo(order.source, self._store, self._fetch, max_bytes=self._max_photo_bytes)
+        result = await self._prewarming.beautified(photo)
         key = beautified_key(order.id, hashlib.sha256(result.content).hexdigest())
         artifact = await self._store.put(key, result.content, result.media_type)
         wanted = [WantedImage(image.index, image.prompt) for image in await self._orders.load_images(order.id)]
@@ -68,8 +68,3 @@ class BeautifyStage:
                 ),
             )
         )
-
-    async def _photo(self, source: str) -> bytes:
-        if source.startswith(ARTIFACT_SCHEME):
-            return await self._store.get(source.removeprefix(ARTIFACT_SCHEME), max_bytes=self._max_photo_bytes)
-        return await fetched(self._fetch, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from jobdaemon.errors import ProviderUnavailableError, RateLimitedError, SourceUnavailableError
+from jobdaemon.ports import ArtifactStore
 
 ARTIFACT_SCHEME = "artifact:"
 
@@ -20,3 +21,16 @@ async def fetched(fetch: Callable[[str], Awaitable[bytes]], url: str) -> bytes:
         return await fetch(url)
     except (ProviderUnavailableError, RateLimitedError) as error:
         raise SourceUnavailableError(str(error), retry_after=error.retry_after) from error
+
+
+async def source_photo(source: str, store: ArtifactStore, fetch: Callable[[str], Awaitable[bytes]], *, max_bytes: int) -> bytes:
+    """
+    The photo that somebody named as a source: ``artifact:<key>`` or ``https://…``.
+
+    Raises:
+        SourceUnavailableError: see :func:`fetched`.
+        What the store and *fetch* raise.
+    """
+    if source.startswith(ARTIFACT_SCHEME):
+        return await store.get(source.removeprefix(ARTIFACT_SCHEME), max_bytes=max_bytes)
+    return await fetched(fetch, source)

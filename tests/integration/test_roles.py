@@ -17,12 +17,13 @@ from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.outcome import End, Signal, Transition, Verdict
 from jobdaemon.domain.write import OrderStarted
 from jobdaemon.queue.store import PostgresJobStore
-from tests.factories import PLANS, QUEUES, SOURCE, Sql
+from tests.factories import PLANS, QUEUES, SOURCE, Sql, prewarmed
 
 TABLES = (
     "provider_keys",
     "cache",
     "cache_counts",
+    "prewarmed",
     "plans",
     "queues",
     "orders",
@@ -43,6 +44,7 @@ VIEWS = (
     "workers",
     "keys",
     "cache_stats",
+    "prewarm_stats",
 )
 
 
@@ -70,6 +72,7 @@ def test_producer_calls_functions_and_reads_nothing(login: Callable[[str], str])
         assert row is not None
         assert app.execute("SELECT jobdaemon.cancel_order(%s)", [row[0]]).fetchone() == ("cancelled",)
         app.execute("SELECT jobdaemon.pause_queue('upload')")
+        assert app.execute("SELECT created FROM jobdaemon.prewarm(%s)", [SOURCE]).fetchone() == (True,)
         for call in ("pause_key('nobody', 'a')", "resume_key('nobody', 'a')"):
             with pytest.raises(psycopg.Error, match="unknown key"):
                 app.execute(f"SELECT jobdaemon.{call}".encode())
@@ -98,7 +101,7 @@ def test_reader_reads_views_only(login: Callable[[str], str]) -> None:
         for table in TABLES:
             with pytest.raises(errors.InsufficientPrivilege):
                 app.execute(f"SELECT * FROM jobdaemon.{table}".encode())
-        for call in (f"enqueue_order('Free', '{SOURCE}')", "pause_queue('upload')", "cancel_order(1)"):
+        for call in (f"enqueue_order('Free', '{SOURCE}')", f"prewarm('{SOURCE}')", "pause_queue('upload')", "cancel_order(1)"):
             with pytest.raises(errors.InsufficientPrivilege):
                 app.execute(f"SELECT jobdaemon.{call}".encode())
         with pytest.raises(errors.InsufficientPrivilege):
@@ -150,6 +153,26 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         await store.cache.remove([1])
         assert await store.cache.is_empty()
         await store.set_daemon_status(daemon_id, "stopped")
+    finally:
+        await store.close()
+
+
+async def test_daemon_keeps_prewarmed_photos(login: Callable[[str], str], sql: Sql) -> None:
+    """The daemon's role runs a prewarm and all that is asked of what it made."""
+    sql.execute("SELECT jobdaemon.prewarm(%s)", [SOURCE])
+    store = PostgresJobStore(DatabaseAddress(login("jobdaemon_daemon")))
+    try:
+        daemon_id = await store.register(host="h", pid=1, version="0", queues={"beautify": 1})
+        [job] = await store.claim("beautify", daemon_id, 1)
+        made = prewarmed(1)
+        await store.commit([Transition(job, End.SUCCEEDED, writes=(made,))], daemon_id=daemon_id)
+        assert await store.prewarmed.has(made.photo, made.backend)
+        found = await store.prewarmed.take(made.photo, made.backend)
+        assert found is not None
+        await store.prewarmed.forget(found.id)
+        assert await store.prewarmed.trim(timedelta(seconds=1), 1, 1) == 0
+        assert list(await store.prewarmed.dropped(1)) == [found.id]
+        await store.prewarmed.remove([found.id])
     finally:
         await store.close()
 

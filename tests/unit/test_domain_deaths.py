@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from jobdaemon.domain.job import Job
+from jobdaemon.domain.job import PREWARM_PRIORITY, Job, Task
 from jobdaemon.domain.outcome import End
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW, after_death
 
@@ -164,3 +164,14 @@ def test_two_poison_jobs_are_found_all_the_same() -> None:
     box.run(2 * 3600, kill_every_s=lambda now: None)
     assert set(box.failed) == {POISON, POISON - 1}
     assert box.completed == set(range(1, 41))
+
+
+def test_a_prewarm_gets_no_daemon_to_itself() -> None:
+    """Nobody waits for a prewarm: after the second death it is given up, guilty or not, before it would run alone."""
+    job = Job(1, "beautify", Task.PREWARM, PREWARM_PRIORITY)
+    first = after_death(job, ran_alone=False, other_deaths=0, dead=lambda reason: ())
+    assert first.end is End.INTERRUPTED
+    second = after_death(replace(job, deaths=1), ran_alone=False, other_deaths=STORM_DEATHS, dead=lambda reason: ())
+    assert (second.end, second.error, second.writes) == (End.FAILED, "2 workers died while this job ran", ())
+    ours = after_death(replace(job, deaths=1, task=Task.BEAUTIFY), ran_alone=False, other_deaths=0, dead=lambda reason: ())
+    assert ours.end is End.INTERRUPTED

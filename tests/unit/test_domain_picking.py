@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobdaemon.domain.job import PREWARM_PRIORITY
 from jobdaemon.domain.picking import LIFTED_ONE_IN, LIFTED_PRIORITY, ReadyJob, longest_wait, pick
 
 TOP = 300
@@ -52,6 +53,16 @@ def test_surplus_goes_to_who_runs_least() -> None:
     """When only capped customers wait, slots go round to who runs least, whoever came first."""
     jobs = [ReadyJob(n, 0, n, "a") for n in range(1, 9)] + [ReadyJob(n, 0, n, "b") for n in range(11, 19)]
     assert chosen(jobs, 4, fair_share=1, a=3, b=1) == (11, 12, 1, 13)
+
+
+def test_prewarms_get_what_nobody_else_wants() -> None:
+    """Prewarms start, the oldest first, only beside all other ready jobs: capped ones and those behind a lock too."""
+    prewarms = [ReadyJob(1, PREWARM_PRIORITY), ReadyJob(2, PREWARM_PRIORITY)]
+    assert chosen(prewarms, 1) == (1,)
+    capped = [ReadyJob(n, -1_000_000, n, "a") for n in (3, 4)]
+    assert chosen(prewarms + capped, 2, fair_share=1, a=1) == (3, 4)
+    assert chosen(prewarms + capped, 3, fair_share=1, a=1) == (3, 4, 1)
+    assert chosen([*prewarms, ReadyJob(3, 1, lock="x"), ReadyJob(4, 2, lock="x")], 9) == (4,)
 
 
 @given(jobs=JOBS, fair_share=st.integers(1, 3), slots=st.integers(0, 12), a=st.integers(0, 4))

@@ -8,7 +8,8 @@ from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.write import OrderStarted, PhotoBeautified
 from jobdaemon.errors import ArtifactMissingError, InvalidOrderError, UnsupportedImageError
 from jobdaemon.stages.beautify import BeautifyStage
-from tests.fakes import FakeArtifacts, FakeAttempt, FakeBackend, FakeOrders, image_row, order_row
+from jobdaemon.stages.prewarm import Prewarming
+from tests.fakes import FakeArtifacts, FakeAttempt, FakeBackend, FakeOrders, FakePrewarmed, image_row, order_row
 
 JOB = Job(9, "beautify", Task.BEAUTIFY, 300, {"order_id": 1}, token=1)
 
@@ -20,9 +21,8 @@ def _stage(orders: FakeOrders, store: FakeArtifacts, backend: FakeBackend | None
     return BeautifyStage(
         orders=orders,
         store=store,
-        backend=backend or FakeBackend(),
+        prewarming=Prewarming(FakePrewarmed(), store, backend or FakeBackend(), strength=0.7, backend_key="f" * 64),
         fetch=fetch,
-        strength=0.7,
         max_photo_bytes=100,
         images_per_call=lambda name: 2,
     )

@@ -15,6 +15,25 @@ FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, beautified jsonb)
 WHERE o.id = w.order_id AND o.beautified IS NULL
 RETURNING o.id AS order_id;
 
+-- name: photo_prewarmed
+-- {photo, backend, artifact, width, height, faces, unrestored, model, device}; of two that were made at once one is kept, and the
+-- other's row only says what is to be deleted.
+WITH made AS (
+    SELECT w.photo, w.backend, a.key AS artifact, a.sha256, a.size_bytes AS bytes, a.media_type, w.width, w.height, w.faces,
+        w.unrestored, w.model, w.device
+    FROM jsonb_to_recordset($1::jsonb) AS w (photo text, backend text, artifact jsonb, width integer, height integer, faces integer,
+        unrestored integer, model text, device text)
+    CROSS JOIN LATERAL jsonb_to_record(w.artifact) AS a (key text, sha256 text, size_bytes bigint, media_type text)
+), kept AS (
+    INSERT INTO jobdaemon.prewarmed (photo, backend, artifact, sha256, bytes, media_type, width, height, faces, unrestored, model, device)
+    SELECT m.* FROM made m ORDER BY m.photo
+    ON CONFLICT (photo, backend) WHERE dropped_at IS NULL DO NOTHING
+    RETURNING artifact
+)
+INSERT INTO jobdaemon.prewarmed (photo, backend, artifact, sha256, bytes, media_type, width, height, faces, unrestored, model, device,
+    dropped_at)
+SELECT m.*, now() FROM made m WHERE m.artifact NOT IN (SELECT k.artifact FROM kept k);
+
 -- name: call_submitted
 -- {order_id, job_id, batch, provider, images, task_id, key}: one row per call; a job has one open call at most.
 INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, images, external_task_id, key_alias)

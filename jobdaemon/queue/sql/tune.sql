@@ -158,7 +158,10 @@ BEGIN
         -- from an order to its jobs; only our own tasks, since another app's order_id need not be a number
         ('jobs_order_idx', '(((args ->> ''order_id'')::bigint)) WHERE task_name LIKE ''jobdaemon.%'' AND status IN (''todo'', ''doing'', ''failed'')'),
         -- the same for those that somebody stopped
-        ('jobs_stopped_idx', '(((args ->> ''order_id'')::bigint)) WHERE task_name LIKE ''jobdaemon.%'' AND status IN (''cancelled'', ''aborted'')')
+        ('jobs_stopped_idx', '(((args ->> ''order_id'')::bigint)) WHERE task_name LIKE ''jobdaemon.%'' AND status IN (''cancelled'', ''aborted'')'),
+        -- open prewarms by their source: few
+        ('jobs_prewarm_idx', '((hashtext((args ->> ''source'') COLLATE "C")))
+            WHERE task_name = ''jobdaemon.prewarm'' AND status IN (''todo'', ''doing'')')
     LOOP
         IF to_regclass('jobdaemon.' || v_name) IS NULL THEN
             EXECUTE format('CREATE INDEX %I ON procrastinate_jobs %s', v_name, v_wanted);

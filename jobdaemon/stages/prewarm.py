@@ -1,0 +1,118 @@
+"""Prewarming: a photo is beautified before anybody orders it, and an order for it copies what was made."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+
+from jobdaemon.domain.artifact import prewarmed_key
+from jobdaemon.domain.outcome import Done
+from jobdaemon.domain.write import PhotoPrewarmed
+from jobdaemon.errors import ArtifactMissingError, InvalidOrderError, UnsupportedImageError
+from jobdaemon.ports import ArtifactStore, Attempt, BeautifiedPhoto, BeautifyBackend, PrewarmedPhotos
+from jobdaemon.stages.source import source_photo
+
+
+class Prewarming:
+    """What a daemon makes of photos beforehand, under its own settings only."""
+
+    def __init__(
+        self, rows: PrewarmedPhotos, store: ArtifactStore, backend: BeautifyBackend, *, strength: float, backend_key: str
+    ) -> None:
+        """
+        Args:
+            strength: 0.0 (untouched) to 1.0.
+            backend_key: says what beautifies, and how: :func:`jobdaemon.domain.prewarm.backend_key`.
+        """
+        self._rows = rows
+        self._store = store
+        self._backend = backend
+        self._strength = strength
+        self._backend_key = backend_key
+
+    async def beautified(self, photo: bytes) -> BeautifiedPhoto:
+        """
+        For an order: what was made of *photo* beforehand, else what the backend makes now.
+
+        Nothing is waited for: where a prewarm of the photo runs at this moment, both make it. Raises what the store and the
+        backend raise.
+        """
+        prewarmed = await self._taken(await _digest(photo))
+        return prewarmed or await self._backend.beautify(photo, strength=self._strength)
+
+    async def _taken(self, digest: str) -> BeautifiedPhoto | None:
+        found = await self._rows.take(digest, self._backend_key)
+        if found is None:
+            return None
+        try:
+            content = await self._store.get(found.artifact.key, max_bytes=found.artifact.size_bytes)
+        except (ArtifactMissingError, UnsupportedImageError):
+            content = b""
+        if await _digest(content) != found.artifact.sha256:
+            await self._rows.forget(found.id)
+            return None
+        return BeautifiedPhoto(
+            content,
+            found.artifact.media_type,
+            found.width,
+            found.height,
+            found.faces,
+            found.unrestored,
+            found.model,
+            found.device,
+        )
+
+    async def prewarm(self, photo: bytes, job_id: int) -> PhotoPrewarmed | None:
+        """
+        Beautify *photo* for whoever may order it; None where that was done before.
+
+        Raises:
+            What the store and the backend raise.
+        """
+        digest = await _digest(photo)
+        if await self._rows.has(digest, self._backend_key):
+            return None
+        made = await self._backend.beautify(photo, strength=self._strength)
+        artifact = await self._store.put(prewarmed_key(digest, job_id), made.content, made.media_type)
+        return PhotoPrewarmed(
+            digest,
+            self._backend_key,
+            artifact,
+            width=made.width,
+            height=made.height,
+            faces=made.faces,
+            unrestored=made.unrestored,
+            model=made.model,
+            device=made.device,
+        )
+
+
+class PrewarmStage:
+    """One job per source that somebody had prewarmed; it belongs to no order."""
+
+    def __init__(
+        self, prewarming: Prewarming, store: ArtifactStore, fetch: Callable[[str], Awaitable[bytes]], *, max_photo_bytes: int
+    ) -> None:
+        """
+        Args:
+            fetch: downloads an https source, guarded and bounded.
+        """
+        self._prewarming = prewarming
+        self._store = store
+        self._fetch = fetch
+        self._max_photo_bytes = max_photo_bytes
+
+    async def run(self, attempt: Attempt) -> Done:
+        """Raises what the store, the source's server and the backend raise, and InvalidOrderError for a job without a source."""
+        source = attempt.job.args.get("source")
+        if not isinstance(source, str):
+            raise InvalidOrderError("this prewarm names no photo")
+        photo = await source_photo(source, self._store, self._fetch, max_bytes=self._max_photo_bytes)
+        made = await self._prewarming.prewarm(photo, attempt.job.id)
+        return Done() if made is None else Done(writes=(made,))
+
+
+async def _digest(content: bytes) -> str:
+    # Up to some 150 ms for the largest photo.
+    return await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())

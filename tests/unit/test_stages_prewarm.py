@@ -1,0 +1,115 @@
+"""Prewarming: what is made beforehand, and when an order copies it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+
+from jobdaemon.domain.artifact import Artifact, is_valid_key, prewarmed_key
+from jobdaemon.domain.job import PREWARM_PRIORITY, Job, Task
+from jobdaemon.domain.prewarm import backend_key
+from jobdaemon.domain.write import PhotoPrewarmed
+from jobdaemon.errors import ArtifactMissingError, InvalidOrderError, UnsupportedImageError
+from jobdaemon.ports import Prewarmed
+from jobdaemon.stages.prewarm import Prewarming, PrewarmStage
+from tests.fakes import JPEG, FakeArtifacts, FakeAttempt, FakeBackend, FakeOrders, FakePrewarmed
+
+BACKEND = "f" * 64
+PHOTO = hashlib.sha256(b"photo").hexdigest()
+MADE = b"made before"
+JOB = Job(9, "beautify", Task.PREWARM, PREWARM_PRIORITY, {"source": "artifact:sources/a.jpg"}, token=1)
+ENTRY = Prewarmed(
+    4,
+    Artifact("prewarmed/x.jpg", hashlib.sha256(MADE).hexdigest(), len(MADE), JPEG),
+    width=20,
+    height=30,
+    faces=2,
+    unrestored=1,
+    model="fake 1",
+    device="cpu",
+)
+
+
+async def _fetch(url: str) -> bytes:
+    return b"photo" if url == "https://a.example/x.jpg" else b"another"
+
+
+def _prewarming(rows: FakePrewarmed, store: FakeArtifacts, backend: FakeBackend) -> Prewarming:
+    return Prewarming(rows, store, backend, strength=0.7, backend_key=BACKEND)
+
+
+def _stage(rows: FakePrewarmed, store: FakeArtifacts, backend: FakeBackend) -> PrewarmStage:
+    return PrewarmStage(_prewarming(rows, store, backend), store, _fetch, max_photo_bytes=100)
+
+
+@pytest.mark.parametrize("source", ["artifact:sources/a.jpg", "https://a.example/x.jpg"])
+async def test_a_photo_is_beautified_and_noted(source: str) -> None:
+    """What the backend makes lies in the store under the prewarm's own key, and is noted for that photo and that backend."""
+    store, backend = FakeArtifacts({"sources/a.jpg": b"photo"}), FakeBackend()
+    done = await _stage(FakePrewarmed(), store, backend).run(FakeAttempt(replace(JOB, args={"source": source}), FakeOrders()))
+    [write] = done.writes
+    assert isinstance(write, PhotoPrewarmed)
+    assert (write.photo, write.backend, write.artifact.key) == (PHOTO, BACKEND, prewarmed_key(PHOTO, 9))
+    assert is_valid_key(write.artifact.key)
+    assert store.objects[write.artifact.key] == b"otohp"
+    assert backend.calls == [(b"photo", 0.7)]
+
+
+async def test_what_was_made_is_not_made_again() -> None:
+    """A photo that is prewarmed already costs nothing and changes nothing."""
+    store, backend = FakeArtifacts({"sources/a.jpg": b"photo"}), FakeBackend()
+    done = await _stage(FakePrewarmed({(PHOTO, BACKEND): ENTRY}), store, backend).run(FakeAttempt(JOB, FakeOrders()))
+    assert (done.writes, backend.calls, len(store.objects)) == ((), [], 1)
+
+
+@pytest.mark.parametrize(
+    ("job", "store", "error"),
+    [
+        (replace(JOB, args={}), FakeArtifacts(), InvalidOrderError),
+        (replace(JOB, args={"source": 7}), FakeArtifacts(), InvalidOrderError),
+        (JOB, FakeArtifacts(), ArtifactMissingError),
+        (JOB, FakeArtifacts({"sources/a.jpg": b"x" * 101}), UnsupportedImageError),
+    ],
+    ids=["no source", "no text", "no photo", "too big"],
+)
+async def test_what_cannot_be_is_permanent(job: Job, store: FakeArtifacts, error: type[Exception]) -> None:
+    """No source, no photo or too big a photo is not tried again."""
+    with pytest.raises(error):
+        await _stage(FakePrewarmed(), store, FakeBackend()).run(FakeAttempt(job, FakeOrders()))
+
+
+async def test_an_order_gets_what_was_made() -> None:
+    """An order's photo that was prewarmed under the same settings is not beautified again; every other one is."""
+    rows, backend = FakePrewarmed({(PHOTO, BACKEND): ENTRY}), FakeBackend()
+    prewarming = _prewarming(rows, FakeArtifacts({"prewarmed/x.jpg": MADE}), backend)
+    result = await prewarming.beautified(b"photo")
+    assert (result.content, result.media_type, result.width, result.height) == (MADE, JPEG, 20, 30)
+    assert (result.faces, result.unrestored, result.model, result.device) == (2, 1, "fake 1", "cpu")
+    assert backend.calls == []
+    assert (await prewarming.beautified(b"another")).content == b"rehtona"
+    other = Prewarming(rows, FakeArtifacts({"prewarmed/x.jpg": MADE}), backend, strength=0.1, backend_key="0" * 64)
+    assert (await other.beautified(b"photo")).content == b"otohp"
+    assert (backend.calls, rows.forgotten) == ([(b"another", 0.7), (b"photo", 0.1)], [])
+
+
+@pytest.mark.parametrize("content", [None, b"longer than before", b"mad\x00 before", b""])
+async def test_a_bad_copy_is_beautified_now(content: bytes | None) -> None:
+    """What is missing in the store, or is not what was made, is forgotten and made anew within the same attempt."""
+    rows, backend = FakePrewarmed({(PHOTO, BACKEND): ENTRY}), FakeBackend()
+    store = FakeArtifacts({} if content is None else {"prewarmed/x.jpg": content})
+    assert (await _prewarming(rows, store, backend).beautified(b"photo")).content == b"otohp"
+    assert rows.forgotten == [4]
+
+
+def test_every_setting_counts() -> None:
+    """Another version or another setting is another backend; the order of settings says nothing."""
+    key = backend_key("1", {"backend": "opencv", "strength": 0.7})
+    assert backend_key("1", {"strength": 0.7, "backend": "opencv"}) == key
+    others = {
+        backend_key("2", {"backend": "opencv", "strength": 0.7}),
+        backend_key("1", {"backend": "opencv", "strength": 0.8}),
+        backend_key("1", {"backend": "opencv", "strength": 0.7, "more": None}),
+    }
+    assert len(others | {key}) == 4
