@@ -82,6 +82,18 @@ class EnhanceService:
         """Free the connections."""
         await self._client.close()
 
+    async def check(self, *, within: timedelta) -> None:
+        """
+        Ask whether it is well; one that takes the question and stays silent is at work.
+
+        Raises:
+            ProviderUnavailableError: it is not there, or not well.
+        """
+        if not (answer := await self._answer_unless_at_work("GET", "/health", within)):
+            return
+        if answer.status != 200 or _object(answer).get("status") not in ("healthy", "ok"):
+            raise ProviderUnavailableError(f"{answer.shown} does not say that it is well ({answer.status}).")
+
     async def submit(self, photo: bytes, *, within: timedelta) -> str:
         """
         Upload a JPEG; returns its task's id.
@@ -109,18 +121,11 @@ class EnhanceService:
             TaskGoneError: it does not know the task.
             RateLimitedError, ProviderUnavailableError: Retryable.
         """
-        loop = asyncio.get_running_loop()
-        silent_from = loop.time() + min(_SILENCE_S, 0.9 * within.total_seconds())
-        try:
-            answer = await self._call("GET", f"/api/v1/status/{task_id}", within)
-        except ProviderUnavailableError:
-            if loop.time() >= silent_from:
-                return _UNDER_WAY
-            raise
+        answer = await self._answer_unless_at_work("GET", f"/api/v1/status/{task_id}", within)
+        if answer is None:
+            return _UNDER_WAY
         if answer.status == 404:
             raise TaskGoneError
-        if answer.status in _GAVE_UP_WAITING:
-            return _UNDER_WAY
         if answer.status != 200:
             raise _status_error(answer)
         return _state(_object(answer))
@@ -148,6 +153,18 @@ class EnhanceService:
             ProviderUnavailableError: nobody knows whether it was. Retryable.
         """
         await self._call("DELETE", f"/api/v1/tasks/{task_id}", within)
+
+    async def _answer_unless_at_work(self, method: str, path: str, within: timedelta) -> Answer | None:
+        """The answer; None when there was silence, or a gateway tells of it."""
+        loop = asyncio.get_running_loop()
+        silent_from = loop.time() + min(_SILENCE_S, 0.9 * within.total_seconds())
+        try:
+            answer = await self._call(method, path, within)
+        except ProviderUnavailableError:
+            if loop.time() >= silent_from:
+                return None
+            raise
+        return None if answer.status in _GAVE_UP_WAITING else answer
 
     async def _call(
         self, method: str, path: str, within: timedelta, *, max_bytes: int = _MAX_JSON_BYTES, files: Any = None
