@@ -284,7 +284,9 @@ class PhotoEnhanceBackend:
             if abs(ratio - 1.0) > _RATIO_TOLERANCE or header.width < sent.width:
                 shown = f"{header.width} x {header.height} pixels for {sent.width} x {sent.height}"
                 raise ProviderUnavailableError(f"{NAME} sent a picture of {shown}.")
-            enhanced = read_photo(result, limits=limits, longest_side=max(size)).pixels
+            # A photo that was sent smaller has no more to gain from it than this; the rest would only cost memory.
+            longest_side = min(max(size), 2 * max(sent.width, sent.height))
+            enhanced = read_photo(result, limits=limits, longest_side=longest_side).pixels
         except UnsupportedImageError as error:
             raise ProviderUnavailableError(f"{NAME} sent a result that cannot be used. {error}") from error
         if (enhanced.shape[1], enhanced.shape[0]) != size:
