@@ -212,6 +212,8 @@ def open_backend(settings: Settings) -> BeautifyBackend:
     Raises:
         SettingsError: unknown, or it cannot work on this machine.
     """
+    if settings.beautify.backend == "photo_enhance":
+        return _photo_enhance_backend(settings)
     if settings.beautify.backend != "opencv":
         raise SettingsError(f"beautify.backend: there is no backend {settings.beautify.backend!r}; there is opencv")
     from jobdaemon.backends.opencv import OpenCVBackend
@@ -219,6 +221,27 @@ def open_backend(settings: Settings) -> BeautifyBackend:
 
     limits = PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels)
     return OpenCVBackend(threads=settings.beautify.threads, limits=limits)
+
+
+def _photo_enhance_backend(settings: Settings) -> BeautifyBackend:
+    from jobdaemon.backends.photo_enhance import PhotoEnhanceBackend
+    from jobdaemon.http import GuardedClient
+    from jobdaemon.photo import PhotoLimits
+
+    section = settings.beautify.photo_enhance
+    if section.url is None:
+        raise SettingsError('beautify.photo_enhance.url must be set, because beautify.backend is "photo_enhance"')
+    return PhotoEnhanceBackend(
+        section.url,
+        # A client of its own: at work, the service takes nothing for minutes, which elsewhere is a lost connection.
+        GuardedClient(allowed_hosts={urlsplit(section.url).netloc}, idle_timeout=section.timeout),
+        poll=section.poll,
+        timeout=section.timeout,
+        max_pixels=section.max_pixels,
+        max_result_bytes=section.max_result_bytes,
+        threads=settings.beautify.threads,
+        limits=PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels),
+    )
 
 
 def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:

@@ -51,7 +51,8 @@ class BeautifyBackend(Protocol):
 
     async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
         """
-        Retouch every face of one encoded photo; the same bytes and strength give the same bytes.
+        Retouch every face of one encoded photo; the same bytes and strength give the same bytes, unless a service elsewhere adds
+        noise.
 
         Args:
             photo: an encoded image, as hostile as the internet.
@@ -60,6 +61,8 @@ class BeautifyBackend(Protocol):
         Raises:
             UnsupportedImageError: not an image we accept. Permanent.
             DeviceMemoryError: the device could not hold it. Retryable.
+            RateLimitedError, ProviderUnavailableError: of a service elsewhere. Retryable.
+            ProviderRefusedError: the same. Permanent.
         """
         ...
 

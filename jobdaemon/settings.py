@@ -96,7 +96,7 @@ PROVIDERS = (
     "dashscope",
     "jimeng",
 )
-BACKENDS = ("opencv",)
+BACKENDS = ("opencv", "photo_enhance")
 #: The door's own bound: enqueue_order refuses longer prompts.
 MAX_PROMPT_BYTES = 4000
 
@@ -307,6 +307,25 @@ class OrdersSettings(Section):
     prompts: PlanPrompts = PlanPrompts()
 
 
+class PhotoEnhanceSettings(Section):
+    """
+    A photo enhance service (PhotoEnhanceAI) on another machine.
+
+    Attributes:
+        url: its address, without /api/v1.
+        poll: how often a photo's task is asked for.
+        timeout: for one photo, from upload to result; shorter than the queue's run_timeout.
+        max_pixels: of what is sent; a larger photo is sent smaller. The service makes 16 times as many.
+        max_result_bytes: largest result that is fetched.
+    """
+
+    url: WebUrl = None
+    poll: LongerThanZero = timedelta(seconds=2)
+    timeout: LongerThanZero = timedelta(seconds=240)
+    max_pixels: Annotated[Whole, Field(ge=65_536, le=12_000_000)] = 6_000_000
+    max_result_bytes: Size = 100_000_000
+
+
 class BeautifySettings(Section):
     """
     How photos are retouched.
@@ -315,11 +334,13 @@ class BeautifySettings(Section):
         backend: what retouches the photo.
         strength: 0.0 (untouched) to 1.0.
         threads: CPU threads for one photo.
+        photo_enhance: the service of the backend of that name.
     """
 
     backend: Name = "opencv"
     strength: Share = 0.7
     threads: Annotated[Cores, Field(ge=1, le=1024)] = 1
+    photo_enhance: PhotoEnhanceSettings = PhotoEnhanceSettings()
 
 
 class PhotosSettings(Section):
@@ -592,6 +613,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
     yield from _cache_contradictions(settings)
     if settings.beautify.backend not in BACKENDS:
         yield Problem("beautify.backend", f"there is no backend {settings.beautify.backend!r}; there is {', '.join(BACKENDS)}")
+    yield from _photo_enhance_contradictions(settings)
     for name, plan in settings.plans.items():
         prompts = orders.prompts[name]
         if plan.lift_after >= plan.expires_after:
@@ -600,6 +622,17 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(f"orders.prompts.{name}", f"holds {len(prompts)} prompts, more than plans.{name}.images allows")
         if any(not prompt.strip() or len(prompt.encode(errors="replace")) > MAX_PROMPT_BYTES for prompt in prompts):
             yield Problem(f"orders.prompts.{name}", f"has a prompt that is empty or longer than {MAX_PROMPT_BYTES} bytes")
+
+
+def _photo_enhance_contradictions(settings: Settings) -> Iterator[Problem]:
+    if settings.beautify.backend != "photo_enhance":
+        return
+    service, run_timeout = settings.beautify.photo_enhance, settings.queue("beautify").run_timeout
+    if service.url is None:
+        yield Problem("beautify.photo_enhance.url", 'must be set, because beautify.backend is "photo_enhance"')
+    if service.timeout >= run_timeout:
+        shown = format_duration(run_timeout)
+        yield Problem("beautify.photo_enhance.timeout", f"must be shorter than queues.beautify.run_timeout, that is {shown}")
 
 
 def _fallback_contradictions(settings: Settings) -> Iterator[Problem]:
@@ -677,6 +710,10 @@ def _warnings(settings: Settings, secret_files: Mapping[str, Path]) -> Iterator[
         if (store.r2.endpoint_url or "").startswith("http://") and host not in ("localhost", "127.0.0.1", "::1"):
             place = settings.origin("store.r2.endpoint_url")
             yield Problem("store.r2.endpoint_url", "is not https: photos travel unencrypted", place)
+    service_url = settings.beautify.photo_enhance.url or ""
+    if service_url.startswith("http://") and urlsplit(service_url).hostname not in ("localhost", "127.0.0.1", "::1"):
+        place = settings.origin("beautify.photo_enhance.url")
+        yield Problem("beautify.photo_enhance.url", "is not https: photos travel unencrypted", place)
     if all(settings.queue(name).team_size == 0 for name in ("beautify", f"generate.{settings.orders.provider}", "upload")):
         yield Problem("queues", "every team_size is 0: this daemon will do no work")
 

@@ -95,10 +95,15 @@ def _backend(settings: Settings) -> Iterator[Finding]:
         from jobdaemon import app
 
         backend = app.open_backend(settings)
-        await backend.close()
+        try:
+            # One that works elsewhere can be asked whether it is there.
+            if (check := getattr(backend, "check", None)) is not None:
+                await check()
+        finally:
+            await backend.close()
         return backend.name
 
-    yield Finding("backend", "ok", f"{asyncio.run(look())} works here")
+    yield Finding("backend", "ok", f"{asyncio.run(look())} works")
 
 
 def _providers(settings: Settings) -> Iterator[Finding]:

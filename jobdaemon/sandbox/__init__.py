@@ -9,6 +9,7 @@ The sandbox: a provider on this machine that costs nothing, and the referee of w
     dashscope.py  DashScope's image API; dashscope_uploads.py  its uploads
     jimeng.py, jimeng_wishes.py, volc_signature.py  Volcengine Jimeng
     superbed.py  Superbed, where photos are put for APIs that fetch them
+    photo_enhance.py, photo_enhance_service.py  PhotoEnhanceAI, which retouches photos
     fetching.py  the fetching of such photos
     server.py    all of it behind HTTP on the loopback interface
 

@@ -42,6 +42,8 @@ class Fault(StrEnum):
     PARTIAL = "partial"
     #: the prompt, or an image of it, is called unsafe
     UNSAFE = "unsafe"
+    #: a photo comes back larger, and no face in it restored
+    UNRESTORED = "unrestored"
 
 
 SLOW_FACTOR = 10.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from aiohttp import web
 
@@ -32,18 +33,28 @@ async def send(request: web.Request, file: File) -> web.StreamResponse:
     """Answer with the bytes of *file*, as badly as its fault says; only the first time."""
     content = await asyncio.to_thread(file.content)
     fault, file.fault = file.fault, None
+    return await send_content(request, content, "image/png", fault)
+
+
+async def send_content(
+    request: web.Request, content: bytes, media_type: str, fault: Fault | None, *, headers: Mapping[str, str] | None = None
+) -> web.StreamResponse:
+    """Answer with *content*, as badly as *fault* says."""
+    named = {**(headers or {}), "Content-Type": media_type}
     match fault:
         case Fault.TRUNCATED:
-            return web.Response(body=content[: len(content) // 2], content_type="image/png")
+            return web.Response(body=content[: len(content) // 2], headers=named)
         case Fault.WRONG_LENGTH:
-            return await _streamed(request, content[: len(content) // 2], declared=len(content))
+            return await _streamed(request, content[: len(content) // 2], named, declared=len(content))
         case Fault.DRIP:
-            return await _streamed(request, content, declared=len(content), drip=True)
-    return web.Response(body=content, content_type="image/png")
+            return await _streamed(request, content, named, declared=len(content), drip=True)
+    return web.Response(body=content, headers=named)
 
 
-async def _streamed(request: web.Request, content: bytes, *, declared: int, drip: bool = False) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "image/png", "Content-Length": str(declared)})
+async def _streamed(
+    request: web.Request, content: bytes, headers: Mapping[str, str], *, declared: int, drip: bool = False
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers={**headers, "Content-Length": str(declared)})
     await response.prepare(request)
     step = _DRIP_BYTES if drip else len(content)
     for start in range(0, len(content), max(1, step)):

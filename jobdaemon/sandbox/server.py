@@ -30,7 +30,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from jobdaemon.errors import SettingsError
-from jobdaemon.sandbox import comfyui, dashscope, files, jimeng, openai_images, superbed
+from jobdaemon.sandbox import comfyui, dashscope, files, jimeng, openai_images, photo_enhance, superbed
 from jobdaemon.sandbox.faults import SLOW_FACTOR, Fault
 from jobdaemon.sandbox.referee import Call, Referee
 from jobdaemon.sandbox.shop import Behaviour, Shop
@@ -46,6 +46,7 @@ _APIS: tuple[Callable[[Shop], list[web.RouteDef]], ...] = (
     dashscope.routes,
     jimeng.routes,
     superbed.routes,
+    photo_enhance.routes,
 )
 #: A provider that is full names no time; a second is what most say.
 _RETRY_AFTER_FULL_S = 1

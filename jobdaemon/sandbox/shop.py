@@ -124,6 +124,7 @@ class Shop:
         self._accounts: dict[tuple[str, str], Account] = {}
         self._bought: dict[str, Counter[str]] = {}
         self._money: Counter[str] = Counter()
+        self._counts: dict[str, Counter[str]] = {}
         self._files: dict[str, File] = {}
         self._numbers = itertools.count(1)
 
@@ -196,6 +197,12 @@ class Shop:
         """How long making images takes, seconds."""
         return self.behaviour.latency_s * (SLOW_FACTOR if fault is Fault.SLOW else 1.0)
 
+    def count(self, api: str, name: str) -> int:
+        """Once more of what an API counts for itself, and how often by now; a name with a colon in it is not reported."""
+        counts = self._counts.setdefault(api, Counter())
+        counts[name] += 1
+        return counts[name]
+
     def buy(self, api: str, prompt: str, count: int, *, size: tuple[int, int] | None = None, price: float = _PRICE) -> list[File]:
         """
         *count* images of *prompt* now cost money.
@@ -230,7 +237,8 @@ class Shop:
         """
         Returns:
             By API: ``calls``, ``rejected`` (by a limit), ``unauthorised``, ``peak_concurrency`` (of any one key), ``keys`` (the
-            same by key, masked), ``faults``, ``images_bought``, ``bought`` (prompt digest -> images) and ``money``.
+            same by key, masked), ``faults``, ``images_bought``, ``bought`` (prompt digest -> images), ``money``, and what it
+            counts for itself.
         """
         apis: dict[str, dict[str, Any]] = {}
         for (api, key), account in sorted(self._accounts.items()):
@@ -244,6 +252,7 @@ class Shop:
             bought = self._bought.get(api, Counter())
             entry |= {"images_bought": bought.total(), "bought": dict(bought), "money": self._money[api] / 10_000}
             entry["faults"] = dict(entry["faults"])
+            entry |= {name: times for name, times in self._counts.get(api, Counter()).items() if ":" not in name}
         return apis
 
 
