@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from jobdaemon.http import GuardedClient
     from jobdaemon.settings_generate import ProviderKeySettings
 
+
+logger = logging.getLogger(__name__)
 
 #: Between two tries to start an embedded server that died.
 _REVIVE_S = 1.0
@@ -207,13 +210,61 @@ def open_backend(settings: Settings) -> BeautifyBackend:
     Raises:
         SettingsError: unknown, or it cannot work on this machine.
     """
-    if settings.beautify.backend != "opencv":
+    if settings.beautify.backend not in ("auto", "opencv"):
         raise SettingsError(f"beautify.backend: there is no backend {settings.beautify.backend!r}; there is opencv")
     from jobdaemon.backends.opencv import OpenCVBackend
     from jobdaemon.photo import PhotoLimits
 
     limits = PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels)
     return OpenCVBackend(threads=settings.beautify.threads, limits=limits)
+
+
+async def start_backend(settings: Settings) -> BeautifyBackend:
+    """
+    The beautify backend, able to work.
+
+    Raises:
+        SettingsError: it cannot work on this machine as it is set.
+        DeviceFailedError: it could, but did not come up.
+    """
+    gfpgan = await _start_gfpgan(settings) if settings.beautify.backend in ("auto", "gfpgan") else None
+    return gfpgan or open_backend(settings)
+
+
+async def _start_gfpgan(settings: Settings) -> BeautifyBackend | None:
+    """The backend gfpgan; None where it may be another one, and something that gfpgan needs is not here."""
+    section = settings.beautify
+    may_be_other = section.backend == "auto"
+    if section.weights is None or (may_be_other and section.device == "cpu"):
+        return None  # without a GPU it is no match for opencv: on a CPU it has to be asked for
+    from jobdaemon.backends.gfpgan.backend import GfpganBackend, GfpganRules, what_is_missing
+    from jobdaemon.backends.gfpgan.process import RefusedError
+    from jobdaemon.photo import PhotoLimits
+
+    if may_be_other and (missing := what_is_missing(section.weights)):
+        logger.warning("beautify.backend is opencv, because %s", missing)
+        return None
+    rules = GfpganRules(
+        weights=section.weights,
+        sha256=section.weights_sha256,
+        device=section.device,
+        dtype=None if section.dtype == "auto" else section.dtype,
+        batch=section.batch,
+        compile=section.compile,
+        max_wait=section.max_wait,
+        timeout=section.timeout,
+    )
+    limits = PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels)
+    backend = GfpganBackend(rules, threads=section.threads, limits=limits)
+    try:
+        await backend.start()
+    except BaseException as error:
+        await backend.close()
+        if may_be_other and isinstance(error, RefusedError) and error.lacks_device:
+            logger.warning("beautify.backend is opencv, because gfpgan cannot work here: %s", error)
+            return None
+        raise
+    return backend
 
 
 def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:
@@ -374,7 +425,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
         stack.push_async_callback(store.close)
         artifacts = open_store(settings)
         stack.push_async_callback(artifacts.close)
-        backend = open_backend(settings)
+        backend = await start_backend(settings)
         stack.push_async_callback(backend.close)
         client = open_http_client(settings)
         stack.push_async_callback(client.close)

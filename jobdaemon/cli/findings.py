@@ -94,9 +94,9 @@ def _backend(settings: Settings) -> Iterator[Finding]:
     async def look() -> str:
         from jobdaemon import app
 
-        backend = app.open_backend(settings)
+        backend = await app.start_backend(settings)
         await backend.close()
-        return backend.name
+        return str(backend) if backend.name == "gfpgan" else backend.name
 
     yield Finding("backend", "ok", f"{asyncio.run(look())} works here")
 

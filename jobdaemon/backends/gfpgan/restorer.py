@@ -31,7 +31,8 @@ from jobdaemon.errors import DeviceFailedError, PutOffError
 
 logger = logging.getLogger(__name__)
 
-_LOAD_TIMEOUT_S = 120.0
+#: Less than a service manager waits for a start.
+_LOAD_TIMEOUT_S = 80.0
 #: Compiling for a new kind of device takes minutes.
 _WARM_UP_TIMEOUT_S = 900.0
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
