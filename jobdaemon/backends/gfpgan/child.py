@@ -82,8 +82,8 @@ def load_network(wanted: argparse.Namespace) -> Network:
         sha256=wanted.sha256,
         device=wanted.device,
         dtype=wanted.dtype,
-        # Without a wish the network looks how much memory is free.
-        batch_size=wanted.batch if wanted.fixed_batch else None,
+        # Without a wish the network looks how much memory is free. A CPU gains nothing by computing several at once.
+        batch_size=wanted.batch if wanted.fixed_batch and wanted.device != "cpu" else None,
         compile=wanted.compile,
     )
 

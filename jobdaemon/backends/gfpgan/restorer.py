@@ -38,7 +38,7 @@ _WARM_UP_TIMEOUT_S = 900.0
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
 _LONGEST_MEMORY_REST_S = 10.0
 #: A start takes some seconds: for so long crops wait for a device, then their attempts are put off.
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 _PUT_OFF = timedelta(seconds=10)
 
 
