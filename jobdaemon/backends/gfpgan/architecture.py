@@ -10,8 +10,9 @@ import importlib
 import sys
 import types
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jobdaemon.errors import SettingsError
 
@@ -39,13 +40,11 @@ def build(tensors: Mapping[str, torch.Tensor], *, path: Path) -> torch.nn.Module
     Raises:
         SettingsError: they are another network's, or spandrel is missing.
     """
-    import torch  # noqa: PLC0415
-
     architecture = network_class()
     widths = _widths(tensors)
     if widths is None:
         raise SettingsError(f"{path} holds another network than GFPGAN's 'clean' one for {FACE_SIDE_PX} pixels (v1.2 to v1.4).")
-    with torch.device("meta"):  # shapes only: filling them with random numbers takes longer than reading the file
+    with unfilled():
         network = architecture(out_size=FACE_SIDE_PX, different_w=True, input_is_latent=True, sft_half=True, **widths)
     try:
         network.load_state_dict(tensors, strict=True, assign=True)
@@ -71,6 +70,26 @@ def network_class() -> Any:
         raise SettingsError(
             "The backend gfpgan needs torch and spandrel; docs/gfpgan.md says how to install them for your device."
         ) from error
+
+
+def unfilled() -> AbstractContextManager[object]:
+    """
+    While it is entered, new networks hold whatever lay in memory: for those whose weights come from elsewhere.
+
+    Random numbers would take longer than reading the file, and torch's own way around them (the device ``meta``) two seconds.
+    """
+    import torch  # noqa: PLC0415
+
+    class Unfilled(torch.overrides.TorchFunctionMode):  # type: ignore[misc]  # torch counts as untyped
+        def __torch_function__(
+            self, called: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            del types
+            if getattr(called, "__module__", "") == "torch.nn.init":
+                return args[0] if args else (kwargs or {})["tensor"]
+            return (torch.empty if called is torch.randn else called)(*args, **(kwargs or {}))
+
+    return cast("AbstractContextManager[object]", Unfilled())
 
 
 def with_torchvision_or_stub() -> None:
