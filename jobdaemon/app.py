@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from jobdaemon.http import GuardedClient
     from jobdaemon.settings_generate import ProviderKeySettings
 
+
+logger = logging.getLogger(__name__)
 
 #: A prewarm fetches its photo within this time: an order may be waiting for its slot.
 _PREWARM_FETCH = timedelta(seconds=5)
@@ -214,7 +217,7 @@ def open_backend(settings: Settings) -> BeautifyBackend:
     """
     if settings.beautify.backend == "photo_enhance":
         return _photo_enhance_backend(settings)
-    if settings.beautify.backend != "opencv":
+    if settings.beautify.backend not in ("auto", "opencv"):
         raise SettingsError(f"beautify.backend: there is no backend {settings.beautify.backend!r}; there is opencv")
     from jobdaemon.backends.opencv import OpenCVBackend
     from jobdaemon.photo import PhotoLimits
@@ -242,6 +245,54 @@ def _photo_enhance_backend(settings: Settings) -> BeautifyBackend:
         threads=settings.beautify.threads,
         limits=PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels),
     )
+
+
+async def start_backend(settings: Settings) -> BeautifyBackend:
+    """
+    The beautify backend, able to work.
+
+    Raises:
+        SettingsError: it cannot work on this machine as it is set.
+        DeviceFailedError: it could, but did not come up.
+    """
+    gfpgan = await _start_gfpgan(settings) if settings.beautify.backend in ("auto", "gfpgan") else None
+    return gfpgan or open_backend(settings)
+
+
+async def _start_gfpgan(settings: Settings) -> BeautifyBackend | None:
+    """The backend gfpgan; None where it may be another one, and something that gfpgan needs is not here."""
+    section = settings.beautify
+    may_be_other = section.backend == "auto"
+    if section.weights is None or (may_be_other and section.device == "cpu"):
+        return None  # without a GPU it is no match for opencv: on a CPU it has to be asked for
+    from jobdaemon.backends.gfpgan.backend import GfpganBackend, GfpganRules, what_is_missing
+    from jobdaemon.backends.gfpgan.process import RefusedError
+    from jobdaemon.photo import PhotoLimits
+
+    if may_be_other and (missing := what_is_missing(section.weights)):
+        logger.warning("beautify.backend is opencv, because %s", missing)
+        return None
+    rules = GfpganRules(
+        weights=section.weights,
+        sha256=section.weights_sha256,
+        device=section.device,
+        dtype=None if section.dtype == "auto" else section.dtype,
+        batch=section.batch,
+        compile=section.compile,
+        max_wait=section.max_wait,
+        timeout=section.timeout,
+    )
+    limits = PhotoLimits(settings.photos.max_bytes, settings.photos.max_pixels)
+    backend = GfpganBackend(rules, threads=section.threads, limits=limits)
+    try:
+        await backend.start()
+    except BaseException as error:
+        await backend.close()
+        if may_be_other and isinstance(error, RefusedError) and error.lacks_device:
+            logger.warning("beautify.backend is opencv, because gfpgan cannot work here: %s", error)
+            return None
+        raise
+    return backend
 
 
 def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:
@@ -402,7 +453,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
         stack.push_async_callback(store.close)
         artifacts = open_store(settings)
         stack.push_async_callback(artifacts.close)
-        backend = open_backend(settings)
+        backend = await start_backend(settings)
         stack.push_async_callback(backend.close)
         client = open_http_client(settings)
         stack.push_async_callback(client.close)
@@ -473,10 +524,15 @@ def _prewarmed_keeper(settings: Settings, store: PostgresJobStore, artifacts: Ar
     return PrewarmedKeeper(store.prewarmed, artifacts, events, ttl=settings.prewarm.ttl, max_bytes=settings.prewarm.max_bytes)
 
 
-def _backend_key(settings: Settings) -> str:
-    """Whose prewarmed photos are ours too. What is not left out counts: a new setting costs a few hits, and no wrong photo."""
-    shaping = settings.beautify.model_dump(mode="json", exclude={"threads"})
-    return backend_key(program_version(), shaping | {"max_pixels": settings.photos.max_pixels})
+def _backend_key(settings: Settings, chosen: str) -> str:
+    """
+    Whose prewarmed photos are ours too. What is not left out counts: a new setting costs a few hits, and no wrong photo.
+
+    Args:
+        chosen: the backend's name: where it is found out at the start, the same settings give another one on another machine.
+    """
+    shaping = settings.beautify.model_dump(mode="json", exclude={"threads", "max_wait", "timeout"})
+    return backend_key(program_version(), shaping | {"backend": chosen, "max_pixels": settings.photos.max_pixels})
 
 
 def _images_per_call(settings: Settings, providers: Mapping[str, Provider]) -> Callable[[str], int]:
@@ -539,7 +595,11 @@ def build_stages(
         return (await client.download(url, max_bytes=max_bytes, timeout=min(most, photos.source_timeout))).content
 
     prewarming = Prewarming(
-        orders.prewarmed, artifacts, backend, strength=settings.beautify.strength, backend_key=_backend_key(settings)
+        orders.prewarmed,
+        artifacts,
+        backend,
+        strength=settings.beautify.strength,
+        backend_key=_backend_key(settings, backend.name),
     )
     return {
         Task.BEAUTIFY: BeautifyStage(

@@ -16,6 +16,7 @@ Every error this package raises on purpose.
         RateLimitedError          a capacity signal: costs no attempt
         KeyRefusedError           the key rests and the job goes on with another: costs no attempt
         DeviceMemoryError
+        DeviceFailedError         the process that drives the device died or hung, of this work as far as one can tell
         StoreUnavailableError
         SourceUnavailableError    one order's photo or link; says nothing about anybody else's
       PermanentError              straight to dead letter, whatever attempts remain
@@ -123,6 +124,10 @@ class KeyRefusedError(RetryableError):
 
 class DeviceMemoryError(RetryableError):
     """The compute device could not hold the work."""
+
+
+class DeviceFailedError(RetryableError):
+    """The process that drives a compute device died or hung, each time with nothing but this work in it."""
 
 
 class StoreUnavailableError(RetryableError):

@@ -96,7 +96,7 @@ PROVIDERS = (
     "dashscope",
     "jimeng",
 )
-BACKENDS = ("opencv", "photo_enhance")
+BACKENDS = ("auto", "opencv", "gfpgan", "photo_enhance")
 #: The door's own bound: enqueue_order refuses longer prompts.
 MAX_PROMPT_BYTES = 4000
 
@@ -307,6 +307,10 @@ class OrdersSettings(Section):
     prompts: PlanPrompts = PlanPrompts()
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+BatchSize = Annotated[Whole, Field(ge=1, le=64)]
+
+
 class PhotoEnhanceSettings(Section):
     """
     A photo enhance service (PhotoEnhanceAI) on another machine.
@@ -331,15 +335,31 @@ class BeautifySettings(Section):
     How photos are retouched.
 
     Attributes:
-        backend: what retouches the photo.
+        backend: what retouches the photo; auto is gfpgan where its weights, torch and a CUDA device are, else opencv.
         strength: 0.0 (untouched) to 1.0.
-        threads: CPU threads for one photo.
+        threads: photos worked on by the CPU at the same time.
+        weights: GFPGAN's file.
+        weights_sha256: of that file; needed unless GFPGAN's authors released it.
+        device: where gfpgan runs.
+        dtype: auto is the best that the device has.
+        batch: faces computed at once; None: 1 on a CPU, else up to 16, as memory allows.
+        max_wait: how long a face waits for company while the device has nothing to do.
+        timeout: a process that has had one batch for longer hangs, and is killed.
+        compile: whether to fuse the network at each start.
         photo_enhance: the service of the backend of that name.
     """
 
-    backend: Name = "opencv"
+    backend: Name = "auto"
     strength: Share = 0.7
     threads: Annotated[Cores, Field(ge=1, le=1024)] = 1
+    weights: OptionalPath = None
+    weights_sha256: Annotated[Sha256 | None, BeforeValidator(lower), BeforeValidator(blank)] = None
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")] = "cuda"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(lower)] = "auto"
+    batch: Annotated[BatchSize | None, BeforeValidator(blank)] = None
+    max_wait: Duration = timedelta(milliseconds=20)
+    timeout: LongerThanZero = timedelta(seconds=60)
+    compile: bool = False
     photo_enhance: PhotoEnhanceSettings = PhotoEnhanceSettings()
 
 
@@ -611,6 +631,8 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
     yield from _fallback_contradictions(settings)
     yield from _cache_contradictions(settings)
+    if settings.beautify.backend == "gfpgan" and settings.beautify.weights is None:
+        yield Problem("beautify.weights", 'must be set, because beautify.backend is "gfpgan"')
     if settings.beautify.backend not in BACKENDS:
         yield Problem("beautify.backend", f"there is no backend {settings.beautify.backend!r}; there is {', '.join(BACKENDS)}")
     yield from _photo_enhance_contradictions(settings)
@@ -702,6 +724,9 @@ def _warnings(settings: Settings, secret_files: Mapping[str, Path]) -> Iterator[
         if stat.S_ISREG(mode) and mode & stat.S_IROTH:
             yield Problem(key, f"{path} holds a secret and everyone on this machine can read it: chmod 640", settings.origin(key))
     yield from _key_warnings(settings)
+    if settings.beautify.backend == "gfpgan" and settings.queue("beautify").team_size == 1:
+        name = "queues.beautify.team_size"
+        yield Problem(name, "is 1: one photo at a time leaves the device idle most of the time", settings.origin(name))
     store = settings.store
     if store.kind == "r2":
         if store.r2.public_url is None:

@@ -94,14 +94,14 @@ def _backend(settings: Settings) -> Iterator[Finding]:
     async def look() -> str:
         from jobdaemon import app
 
-        backend = app.open_backend(settings)
+        backend = await app.start_backend(settings)
         try:
             # One that works elsewhere can be asked whether it is there.
             if (check := getattr(backend, "check", None)) is not None:
                 await check()
         finally:
             await backend.close()
-        return backend.name
+        return str(backend) if backend.name == "gfpgan" else backend.name
 
     yield Finding("backend", "ok", f"{asyncio.run(look())} works")
 

@@ -1,0 +1,167 @@
+"""
+The process that drives the device: loads the network once, then restores batch after batch until the daemon is gone.
+
+    python -m jobdaemon.backends.gfpgan.child --channel FD --memory FD --parent PID --batch 16 --weights FILE --device cuda
+
+torch is imported inside a function, so that a machine without it can say so in a sentence. Nothing is mended here: whatever goes
+wrong but a lack of memory ends the process, and the daemon starts another one, because after an error of the device nothing in a
+process can be trusted. It ends when the channel closes or its parent dies, by no signal but
+SIGKILL: a Ctrl-C or a stop is for the daemon to act on, which needs its child until the last photo is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from jobdaemon.backends.gfpgan.frames import Frames, Pixels
+from jobdaemon.errors import DeviceMemoryError, RetryableError, SettingsError
+
+_PR_SET_PDEATHSIG = 1
+#: The kernel's choice when memory runs out: rather this process than the daemon, which would take every job along.
+_OOM_SCORE = "500"
+
+
+class Network(Protocol):
+    """What restores faces; see :class:`jobdaemon.backends.gfpgan.network.FaceNetwork`."""
+
+    name: str
+    device: str
+
+    def restore(self, crops: Pixels) -> Pixels:
+        """
+        (N, 512, 512, 3) uint8 RGB in and out.
+
+        Raises:
+            DeviceMemoryError: not even one fits.
+            RetryableError: nothing sound came out.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Do once what only the first batch needs."""
+        ...
+
+
+class LacksDeviceError(SettingsError):
+    """This machine has not what the settings ask for: no torch, or no such device."""
+
+
+Load = Callable[[argparse.Namespace], Network]
+
+
+def load_network(wanted: argparse.Namespace) -> Network:
+    """
+    The network on its device.
+
+    Raises:
+        LacksDeviceError: no torch here, or no such device.
+        SettingsError: the weights are missing, changed or no weights.
+    """
+    try:
+        import torch  # noqa: PLC0415 - see the module docstring
+    except ImportError as error:
+        raise LacksDeviceError(f"beautify.backend: gfpgan needs torch, which is not installed here ({error})") from error
+    if wanted.device.startswith("cuda") and int(wanted.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        text = f'"{wanted.device}", but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here'
+        raise LacksDeviceError(f'beautify.device: is {text}; "cpu" works too, some seconds a face')
+    from jobdaemon.backends.gfpgan.network import FaceNetwork  # noqa: PLC0415 - imports torch
+
+    return FaceNetwork.load(
+        wanted.weights,
+        sha256=wanted.sha256,
+        device=wanted.device,
+        dtype=wanted.dtype,
+        # Without a wish the network looks how much memory is free. A CPU gains nothing by computing several at once.
+        batch_size=wanted.batch if wanted.fixed_batch and wanted.device != "cpu" else None,
+        compile=wanted.compile,
+    )
+
+
+def main(arguments: list[str] | None = None, *, load: Load = load_network) -> None:
+    """
+    Serve until the channel closes.
+
+    Args:
+        load: makes the network.
+    """
+    wanted = _parsed(arguments)
+    _belong_to(wanted.parent)
+    channel = socket.socket(fileno=wanted.channel)
+    frames = Frames(wanted.memory, batch=wanted.batch)
+    os.close(wanted.memory)
+    try:
+        network = load(wanted)
+    except SettingsError as error:
+        _tell(channel, told="refused", reason=str(error), lacks_device=isinstance(error, LacksDeviceError))
+        return
+    _tell(channel, told="loaded", model=network.name, device=network.device)
+    network.warm_up()
+    _tell(channel, told="ready")
+    with suppress(BrokenPipeError, ConnectionResetError):  # the daemon went while we worked for it
+        for request in _requests(channel):
+            _restore(network, frames, request, channel)
+
+
+def _restore(network: Network, frames: Frames, request: dict[str, Any], channel: socket.socket) -> None:
+    crops = frames.slot(request["slot"], request["count"])
+    try:
+        crops[:] = network.restore(crops)
+    except DeviceMemoryError as error:
+        _tell(channel, told="no_memory", number=request["number"], reason=str(error))
+    except RetryableError as error:
+        _tell(channel, told="failed", number=request["number"], reason=str(error))
+    else:
+        _tell(channel, told="restored", number=request["number"])
+
+
+def _requests(channel: socket.socket) -> Iterator[dict[str, Any]]:
+    with channel.makefile("rb") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def _tell(channel: socket.socket, **message: object) -> None:
+    channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="jobdaemon.backends.gfpgan.child", description="Started by jobdaemon.")
+    parser.add_argument("--channel", type=int, required=True)
+    parser.add_argument("--memory", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--sha256")
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--dtype")
+    parser.add_argument("--fixed-batch", action="store_true", help="compute as many at once, whatever memory is free")
+    parser.add_argument("--compile", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def _belong_to(parent: int) -> None:
+    """Die with the daemon, even with one that is killed while we compute; and before it, when memory runs out."""
+    faulthandler.enable()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # Linux only; elsewhere the closed channel has to do
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
+    if os.getppid() != parent:
+        sys.exit("the daemon is gone")
+
+
+if __name__ == "__main__":
+    main()
