@@ -78,6 +78,7 @@ class ProviderCall:
         images: the indexes it asked for, in the order in which it asked.
         key: alias of the key it was made with.
         submitted_at: by the database's clock, just before the submit.
+        is_key_known: whether some daemon may have that key: it has a row, and the call is not older than any provider remembers.
     """
 
     id: int
@@ -85,6 +86,7 @@ class ProviderCall:
     images: tuple[int, ...]
     key: str | None
     submitted_at: datetime
+    is_key_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,7 @@ class Provider(Protocol):
 
         Raises:
             RateLimitedError, ProviderUnavailableError: Retryable.
+            KeyRefusedError, KeyMissingError: the key is refused, or not this daemon's. Retryable.
             AnswerLostError: the provider may have taken the submit. Retryable.
             ProviderRefusedError, UnsupportedFeatureError: Permanent.
         """

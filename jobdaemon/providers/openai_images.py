@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from jobdaemon.domain.artifact import EXTENSIONS
-from jobdaemon.errors import KeyRefusedError, ProviderUnavailableError, SettingsError
+from jobdaemon.errors import KeyMissingError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import MAX_RETRY_AFTER, Answer, GuardedClient
 from jobdaemon.ports import GenerateRequest, ImageMade, OnUnknownSubmit, ProviderCall, ProviderEvent, Submitting, TaskOver
 from jobdaemon.providers.photo_fit import PhotoBounds, PhotoFitter
@@ -156,7 +156,7 @@ class OpenAIImagesProvider:
         if alias is None:
             return next(iter(self._keys.values()))
         if alias not in self._keys:
-            raise KeyRefusedError(f"{self.name} has no key {alias} on this daemon")
+            raise KeyMissingError(f"this daemon does not have the key {alias} of {self.name}")
         return self._keys[alias]
 
     async def _photo(self, request: GenerateRequest) -> tuple[bytes, str]:

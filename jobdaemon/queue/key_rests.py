@@ -30,7 +30,7 @@ class _Tally:
     refused: list[int] = field(default_factory=list)
     is_out_of_money: bool = False
     waits: list[timedelta] = field(default_factory=list)
-    #: jobs that the provider turned away, for whatever reason
+    #: jobs that bought nothing: the provider turned them away, for whatever reason, or was not asked
     turned_away: list[int] = field(default_factory=list)
 
     def ends(self) -> KeyEnds:
@@ -100,7 +100,7 @@ def _tally(ended: Iterable[Transition]) -> dict[_Name, _Tally]:
             tally.refused.append(token)
         elif transition.signal is Signal.MONEY:
             tally.is_out_of_money = True
-        if transition.signal in (Signal.CAPACITY, Signal.KEY, Signal.MONEY):
+        if transition.signal in (Signal.CAPACITY, Signal.KEY, Signal.MONEY, Signal.ELSEWHERE):
             tally.turned_away.append(job.id)
             if transition.retry_after is not None:
                 tally.waits.append(transition.retry_after)

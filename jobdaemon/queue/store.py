@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -28,7 +28,7 @@ from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
 from jobdaemon.domain.write import OrderFailed
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
-from jobdaemon.events import Event
+from jobdaemon.events import Event, KeyMissing
 from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, moving, sql, writes
 from jobdaemon.queue.image_cache import CacheRows
@@ -209,10 +209,27 @@ class PostgresJobStore:
             records = await connection.fetch("SELECT migration_id FROM jobdaemon._yoyo_migration")
             return [record["migration_id"] for record in records]
 
-    async def register(self, *, host: str, pid: int, version: str, queues: dict[str, int], was: int | None = None) -> int:
-        """Announce this daemon, the queues it serves, and the id it had before; returns its id."""
+    async def register(
+        self,
+        *,
+        host: str,
+        pid: int,
+        version: str,
+        queues: dict[str, int],
+        was: int | None = None,
+        keys: Mapping[str, Sequence[str]] | None = None,
+    ) -> int:
+        """
+        Announce this daemon, the queues it serves, and the id it had before; returns its id.
+
+        Args:
+            keys: provider -> aliases of the keys that it has.
+        """
+        held = None if keys is None else json.dumps({provider: list(aliases) for provider, aliases in keys.items()})
         async with self._upkeep.use() as connection:
-            daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], host, pid, version, json.dumps(queues), was)
+            daemon_id: int = await connection.fetchval(
+                _JOBS["register_daemon"], host, pid, version, json.dumps(queues), was, held
+            )
             return daemon_id
 
     async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan], keys: Iterable[ProviderKey] = ()) -> None:
@@ -342,6 +359,12 @@ class PostgresJobStore:
             if order_ids:
                 await connection.execute(_ORDERS["abandon_calls"], order_ids)
         return len(order_ids)
+
+    async def missing_keys(self) -> list[KeyMissing]:
+        """Keys that no running daemon has, though something bought with them is to be collected."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_JOBS["missing_keys"])
+        return [KeyMissing(record["provider"], record["alias"], record["jobs"]) for record in records]
 
     async def troubled_providers(self, after: timedelta) -> list[Trouble]:
         """Providers of which nothing can start, by their circuit or their keys; *after* is what counts as long."""
@@ -606,7 +629,12 @@ class PostgresJobStore:
         if record is None:
             return None
         return ProviderCall(
-            record["id"], record["external_task_id"], tuple(record["images"]), record["key_alias"], record["submitted_at"]
+            record["id"],
+            record["external_task_id"],
+            tuple(record["images"]),
+            record["key_alias"],
+            record["submitted_at"],
+            is_key_known=record["is_key_known"],
         )
 
 

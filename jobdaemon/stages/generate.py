@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
@@ -51,9 +51,11 @@ class GenerateStage:
         providers: Mapping[str, Provider],
         max_photo_bytes: int,
         fallback: FallbackRules | None = None,
+        keys: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         """
         Args:
+            keys: provider -> aliases of the keys that this daemon has, of those providers that know any.
             fallback: who is asked when a provider has failed to the last attempt; nobody when None.
         """
         self._orders = orders
@@ -61,6 +63,7 @@ class GenerateStage:
         self._providers = providers
         self._max_photo_bytes = max_photo_bytes
         self._fallback = fallback or FallbackRules()
+        self._keys = keys or {}
 
     async def run(self, attempt: Attempt) -> Done:
         """Raises what the provider raises, and ProviderUnavailableError when it left out an image without a word."""
@@ -74,7 +77,7 @@ class GenerateStage:
         missing = {row.index: row.prompt for row in rows if row.index in wanted and row.status == "pending"}
         if not missing:
             return Done()
-        call = CallRecord(attempt, provider, order.id, key=job.key_alias)
+        call = CallRecord(attempt, provider, order.id, key=job.key_alias, held=self._keys.get(provider.name))
         move = self._fallback.move(order.plan, order.provider, provider.name)
         attempt.if_given_up(lambda: None if move is None else self._instead(move, attempt, call))
         request = await call.find(self._orders, self._request(order, order.beautified, rows, missing, key=job.key_alias))

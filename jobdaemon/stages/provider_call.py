@@ -13,10 +13,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal
 
+from jobdaemon.domain.job import Job
 from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Write
 from jobdaemon.errors import (
     AnswerLostError,
     JobdaemonError,
+    KeyMissingError,
     LeaseLostError,
     OrderEndedError,
     PermanentError,
@@ -28,14 +30,41 @@ from jobdaemon.ports import Attempt, GenerateRequest, OrderReader, Provider, Pro
 _Outcome = Literal["succeeded", "partial", "failed", "unknown", "cancelled"]
 
 
+def with_key(call: ProviderCall, job: Job, held: Collection[str] | None) -> ProviderCall:
+    """
+    *call* as this attempt can ask for it: a key that nobody has any more gives way to the attempt's own.
+
+    Args:
+        held: aliases of the provider's keys that this daemon has; None where that is not known.
+
+    Raises:
+        KeyMissingError: another daemon may have its key.
+    """
+    if call.key is None or held is None or call.key in held:
+        return call
+    if call.is_key_known and call.task_id is None:
+        return call  # its provider may know without a key that nobody can be asked; else it says so itself
+    if call.is_key_known:
+        raise KeyMissingError(f"a call was made with the key {call.key}, which this daemon does not have")
+    return replace(call, key=job.key_alias)
+
+
 class CallRecord:
     """The call of one attempt."""
 
-    def __init__(self, attempt: Attempt, provider: Provider, order_id: int, key: str | None) -> None:
+    def __init__(
+        self, attempt: Attempt, provider: Provider, order_id: int, key: str | None, held: Collection[str] | None = None
+    ) -> None:
+        """
+        Args:
+            key: alias of the key for what is bought.
+            held: as for :func:`with_key`.
+        """
         self._attempt = attempt
         self._provider = provider
         self._order_id = order_id
         self._key = key
+        self._held = held
         #: The call that this attempt goes on with.
         self.resumed: ProviderCall | None = None
         #: Fetched once more for an image whose link expired: another job's call, which ended well.
@@ -50,14 +79,17 @@ class CallRecord:
 
         Raises:
             ProviderRefusedError: a submit was lost, and such a call is not to be bought again.
+            KeyMissingError: it is for a daemon that has another key.
         """
         job = self._attempt.job
         call = await orders.open_call(job.id)
         if call is not None:
             self._is_open = True
-            call = await self._look_for_task(call, request)
+            call = await self._look_for_task(with_key(call, job, self._held), request)
         elif isinstance(number := job.args.get("call"), int):
             call = await orders.collectable_call(number)
+            if call is not None:
+                call = with_key(call, job, self._held)
             self._is_collected = call is not None
         if call is None:
             return request

@@ -20,7 +20,7 @@ from jobdaemon.domain.artifact import source_key
 from jobdaemon.domain.order import NewOrder
 from jobdaemon.enqueue import enqueue
 from jobdaemon.errors import SettingsError
-from jobdaemon.events import DaemonReady, Events
+from jobdaemon.events import DaemonReady, Event, Events
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import until
@@ -47,9 +47,11 @@ def settings_for(url: str, folder: Path, **section: str) -> Settings:
 
 
 @asynccontextmanager
-async def daemon(settings: Settings, url: str) -> AsyncIterator[Daemon]:
+async def daemon(settings: Settings, url: str, seen: list[Event] | None = None) -> AsyncIterator[Daemon]:
     """A daemon at work; what runs when the block ends is cut off and handed back."""
     events = Events()
+    if seen is not None:
+        events.subscribe(seen.append)
     ready = events.expect(DaemonReady)
     async with open_daemon(settings, url, events) as daemon:
         task = asyncio.ensure_future(daemon.supervisor.run(wait_for_database=True))
@@ -67,7 +69,7 @@ class Order:
     """Six images, three of each of two prompts."""
 
     def __init__(self, url: str) -> None:
-        self._connection = psycopg.connect(url, autocommit=True, row_factory=dict_row)
+        self.connection = psycopg.connect(url, autocommit=True, row_factory=dict_row)
         self.id = 0
 
     async def place(self, daemon: Daemon) -> None:
@@ -75,11 +77,11 @@ class Order:
         key = source_key(hashlib.sha256(content).hexdigest(), "png")
         await daemon.artifacts.put(key, content, "image/png")
         order = NewOrder(plan="Start", source=f"artifact:{key}", prompts=("by a window", "in a wood"), images=6, provider=API)
-        self.id = enqueue(self._connection, order).order_id
+        self.id = enqueue(self.connection, order).order_id
 
     def rows(self, query: str) -> list[dict[str, Any]]:
         """*query*, which has one place for the order's id."""
-        return self._connection.execute(query.encode(), [self.id]).fetchall()
+        return self.connection.execute(query.encode(), [self.id]).fetchall()
 
     def has_ended(self) -> bool:
         return bool(self.rows("SELECT FROM jobdaemon.orders WHERE id = %s AND finished_at IS NOT NULL"))
@@ -102,7 +104,7 @@ class Order:
         assert len({image["sha256"] for image in images}) == 6
 
     def close(self) -> None:
-        self._connection.close()
+        self.connection.close()
 
 
 @pytest.fixture

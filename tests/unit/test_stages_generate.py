@@ -17,6 +17,7 @@ from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Image
 from jobdaemon.errors import (
     AnswerLostError,
     InvalidOrderError,
+    KeyMissingError,
     LeaseLostError,
     OrderEndedError,
     ProviderRefusedError,
@@ -482,3 +483,41 @@ async def test_an_attempt_that_is_cut_short_notes_what_is_stored() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert [image.status for image in orders.images] == ["generated", "pending"]
+
+
+ELSEWHERE = replace(OPEN_CALL, key="b")
+
+
+async def test_a_call_made_with_another_daemons_key_is_not_asked_for_here() -> None:
+    """This daemon would only be refused: nothing is asked, noted or bought, and the job is for who has the key."""
+    provider, orders = FakeProvider([Submitting()]), _orders(call=ELSEWHERE)
+    attempt = FakeAttempt(replace(JOB, key_alias="a"), orders)
+    stage = GenerateStage(
+        orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, keys={"fake": ("a",)}
+    )
+    with pytest.raises(KeyMissingError, match="the key b"):
+        await stage.run(attempt)
+    assert (provider.requests, attempt.checkpoints) == ([], [])
+
+
+async def test_a_key_that_nobody_has_any_more_gives_way_to_the_attempts_own() -> None:
+    """Its task is asked for with the key that the job was dealt."""
+    provider = FakeProvider([ImageMade(1, b"one", JPEG), ImageMade(2, b"two", JPEG)])
+    orders = _orders(call=replace(ELSEWHERE, is_key_known=False))
+    stage = GenerateStage(
+        orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, keys={"fake": ("a",)}
+    )
+    await stage.run(FakeAttempt(replace(JOB, key_alias="a"), orders))
+    assert provider.requests[0].resume == replace(ELSEWHERE, key="a", is_key_known=False)
+
+
+async def test_a_lost_submit_under_another_daemons_key_is_for_its_provider_to_judge() -> None:
+    """Where nobody can be asked what became of it, the key is not needed: it is closed as unknown and bought anew."""
+    provider = FakeProvider([Submitting(), ImageMade(1, b"one", JPEG), ImageMade(2, b"two", JPEG)])
+    orders = _orders(call=replace(ELSEWHERE, task_id=None))
+    stage = GenerateStage(
+        orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, keys={"fake": ("a",)}
+    )
+    attempt = FakeAttempt(replace(JOB, key_alias="a"), orders)
+    await stage.run(attempt)
+    assert attempt.checkpoints[:2] == [CallEnded(1, 9, "unknown"), CallSubmitted(1, 9, "fake", (1, 2), None, "a")]

@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from jobdaemon.errors import KeyRefusedError, ProviderRefusedError, ProviderUnavailableError, SettingsError
+from jobdaemon.errors import KeyMissingError, ProviderRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.ports import (
     GenerateRequest,
@@ -181,7 +181,7 @@ class DashScopeProvider:
         if alias is None:
             return next(iter(self._keys.values()))
         if alias not in self._keys:
-            raise KeyRefusedError(f"{self.name} has no key {alias} on this daemon")
+            raise KeyMissingError(f"this daemon does not have the key {alias} of {self.name}")
         return self._keys[alias]
 
     def _body(self, request: GenerateRequest, images: Sequence[tuple[int, int]], photo: str | None) -> dict[str, Any]:

@@ -191,13 +191,15 @@ FROM jobdaemon.images WHERE order_id = $1 AND index = $2;
 
 -- name: open_call
 -- The newest call of this job that is not known to have ended.
-SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls
+SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
+FROM jobdaemon.provider_calls
 WHERE job_id = $1 AND outcome IS NULL
 ORDER BY id DESC LIMIT 1;
 
 -- name: unfinished_call
 -- A call whose end is unknown.
-SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls WHERE id = $1 AND outcome IS NULL;
+SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
+FROM jobdaemon.provider_calls WHERE id = $1 AND outcome IS NULL;
 
 -- name: pending_images
 -- What is still to be made of these (locked) orders.
@@ -224,5 +226,6 @@ ORDER BY o.id FOR UPDATE SKIP LOCKED;
 
 -- name: collectable_call
 -- A call that ended well, whose results may be fetched once more.
-SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls
+SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
+FROM jobdaemon.provider_calls
 WHERE id = $1 AND external_task_id IS NOT NULL AND coalesce(outcome, 'succeeded') IN ('succeeded', 'partial');
