@@ -518,6 +518,7 @@ def build_stages(
             max_photo_bytes=photos.result_max_bytes,
             fallback=_fallback_rules(settings, providers),
             keys=_key_aliases(settings),
+            prices=settings.generate.prices(),
         ),
         Task.UPLOAD: UploadStage(
             orders=orders,

@@ -137,6 +137,20 @@ class TaskAccepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Charged:
+    """
+    What a call costs, as far as its answer says; comes before the images, and once more where they are resumed.
+
+    Attributes:
+        images: how many of them.
+        usage: its own words on what was used, such as tokens.
+    """
+
+    images: int
+    usage: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskOver:
     """
     The provider will give nothing more for this call (failed, expired, forgotten): a later attempt has to buy anew.
@@ -164,7 +178,7 @@ class ImageRefused:
     reason: str
 
 
-ProviderEvent = Submitting | TaskAccepted | TaskOver | ImageMade | ImageRefused
+ProviderEvent = Submitting | TaskAccepted | Charged | TaskOver | ImageMade | ImageRefused
 
 
 OnUnknownSubmit = Literal["retry", "fail"]

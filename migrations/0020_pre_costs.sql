@@ -259,3 +259,126 @@ AS $$
     FROM named n CROSS JOIN provider p
     HAVING count(*) > 0 AND count(n.told) = count(*);
 $$;
+
+-- What a call costs: known when it has ended, as far as it is known at all.
+ALTER TABLE provider_calls
+    -- of one image when the call was made, in the operator's currency; NULL where the settings do not say
+    ADD COLUMN price numeric CHECK (price >= 0),
+    -- what the provider charges for, by its answer, or else what has arrived; NULL while it is not known
+    ADD COLUMN images_made integer CHECK (images_made >= 0),
+    -- the provider's own words on what was used, such as tokens
+    ADD COLUMN usage jsonb;
+
+-- By the day of the submit, UTC. A call whose answer was lost may have been charged for, and is in no sum.
+CREATE VIEW spend AS
+SELECT
+    (c.submitted_at AT TIME ZONE 'UTC')::date AS day,
+    c.provider,
+    c.key_alias AS alias,
+    count(*) AS calls,
+    count(*) FILTER (WHERE c.outcome IS NULL) AS open,
+    count(*) FILTER (WHERE c.outcome = 'unknown') AS unknown,
+    coalesce(sum(c.images_made), 0) AS images,
+    sum(c.cost) AS cost
+FROM provider_calls c
+GROUP BY 1, 2, 3;
+
+-- As in 0016, without what went back to a key's budget: whatever an attempt did not buy goes back when it ends. p_alias is for
+-- programs before this one.
+CREATE OR REPLACE FUNCTION take_from_cache(p_provider text, p_alias text, p_order bigint, p_images integer[], p_keys text[],
+    p_hold_s double precision, p_ttl_s double precision)
+RETURNS TABLE (image integer, state text, id bigint, artifact text, sha256 text, media_type text, wait_s double precision)
+LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_now timestamptz := clock_timestamp();
+    v_until timestamptz := v_now + p_hold_s * interval '1 second';
+    v_oldest timestamptz := v_now - p_ttl_s * interval '1 second';
+    v_new bigint[];
+    v_locked bigint[];
+    v_free bigint[] := '{}';
+    v_free_images integer[] := '{}';
+    v_over bigint[] := '{}';
+    v_over_images integer[] := '{}';
+    v_over_keys text[] := '{}';
+    v_hits bigint[] := '{}';
+    v_told integer[] := '{}';
+    v_misses integer := 0;
+    v_is_busy boolean := false;
+    v_found record;
+BEGIN
+    -- This order has asked under other settings before: what it gets now is not what was asked for then.
+    DELETE FROM cache c WHERE c.order_id = p_order AND c.index = ANY (p_images) AND c.key <> ALL (p_keys)
+        AND c.artifact IS NULL AND c.dropped_at IS NULL;
+    WITH new AS (
+        INSERT INTO cache (key, provider, order_id, index, claimed_at, claimed_until)
+        SELECT w.key, p_provider, p_order, w.image, v_now, v_until
+        FROM unnest(p_keys, p_images) AS w (key, image) ORDER BY w.key
+        ON CONFLICT (key) WHERE dropped_at IS NULL DO NOTHING
+        RETURNING cache.id
+    )
+    SELECT coalesce(array_agg(n.id), '{}') INTO v_new FROM new n;
+    -- Locked first and read afterwards: a row that we waited for is another one now, and so is its image.
+    v_locked := ARRAY(SELECT c.id FROM cache c WHERE c.key = ANY (p_keys) AND c.dropped_at IS NULL ORDER BY c.key FOR UPDATE);
+    FOR v_found IN
+        SELECT w.image, c.id, c.key, c.claimed_at,
+            CASE WHEN c.copied_at IS NOT NULL THEN c.artifact ELSE i.object_key END AS artifact,
+            CASE WHEN c.copied_at IS NOT NULL THEN c.sha256 ELSE i.sha256 END AS sha256,
+            CASE WHEN c.copied_at IS NOT NULL THEN c.media_type ELSE i.media_type END AS media_type,
+            CASE
+                WHEN c.copied_at IS NOT NULL THEN CASE WHEN c.made_at > v_oldest THEN 'hit' ELSE 'over' END
+                WHEN c.order_id = p_order AND c.index = w.image THEN CASE WHEN c.id = ANY (v_new) THEN 'new' ELSE 'own' END
+                WHEN has_stored(c, i) THEN CASE WHEN i.stored_at > v_oldest THEN 'hit' ELSE 'over' END
+                WHEN i.status IN ('pending', 'generated') AND c.claimed_until > v_now THEN 'busy'
+                WHEN c.artifact IS NOT NULL THEN 'over'
+                ELSE 'free'
+            END AS state
+        FROM unnest(p_keys, p_images) AS w (key, image)
+        JOIN cache c ON c.key = w.key AND c.id = ANY (v_locked)
+        LEFT JOIN images i ON i.order_id = c.order_id AND i.index = c.index
+    LOOP
+        CASE v_found.state
+            WHEN 'hit' THEN
+                v_hits := v_hits || v_found.id;
+                v_told := v_told || v_found.image;
+                image := v_found.image; state := 'hit'; id := v_found.id; artifact := v_found.artifact;
+                sha256 := v_found.sha256; media_type := v_found.media_type; wait_s := NULL;
+                RETURN NEXT;
+            WHEN 'busy' THEN
+                v_is_busy := true;
+                v_told := v_told || v_found.image;
+                image := v_found.image; state := 'busy'; id := NULL; artifact := NULL; sha256 := NULL; media_type := NULL;
+                -- The longer it has taken, the longer it may take: a few looks, whatever the provider's pace.
+                wait_s := least(greatest(extract(epoch FROM v_now - v_found.claimed_at) / 2, 1), 15);
+                RETURN NEXT;
+            WHEN 'over' THEN
+                v_over := v_over || v_found.id;
+                v_over_images := v_over_images || v_found.image;
+                v_over_keys := v_over_keys || v_found.key;
+            ELSE
+                v_free := v_free || v_found.id;
+                v_free_images := v_free_images || v_found.image;
+                v_misses := v_misses + (v_found.state <> 'own')::integer;
+        END CASE;
+    END LOOP;
+    -- One that somebody dropped while we waited for it.
+    v_is_busy := v_is_busy OR cardinality(v_told || v_over_images || v_free_images) < cardinality(p_images);
+    IF v_is_busy THEN
+        DELETE FROM cache c WHERE c.id = ANY (v_new);
+        v_misses := 0;
+    ELSE
+        UPDATE cache c SET dropped_at = v_now WHERE c.id = ANY (v_over);
+        INSERT INTO cache (key, provider, order_id, index, claimed_at, claimed_until)
+            SELECT w.key, p_provider, p_order, w.image, v_now, v_until FROM unnest(v_over_keys, v_over_images) AS w (key, image);
+        UPDATE cache c SET order_id = p_order, index = w.image, claimed_at = v_now, claimed_until = v_until
+            FROM unnest(v_free, v_free_images) AS w (id, image) WHERE c.id = w.id;
+        v_misses := v_misses + cardinality(v_over);
+    END IF;
+    RETURN QUERY SELECT m.image, CASE WHEN v_is_busy THEN 'busy' ELSE 'claimed' END, NULL::bigint, NULL::text, NULL::text,
+            NULL::text, CASE WHEN v_is_busy THEN 0::double precision END
+        FROM unnest(p_images) AS m (image) WHERE m.image <> ALL (v_told);
+    UPDATE cache c SET hits = c.hits + 1, last_hit_at = v_now WHERE c.id = ANY (v_hits);
+    PERFORM count_cache(p_provider, cardinality(v_hits), v_misses);
+END;
+$$;

@@ -21,7 +21,16 @@ from urllib.parse import urlsplit
 from jobdaemon.domain.artifact import EXTENSIONS
 from jobdaemon.errors import KeyMissingError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import MAX_RETRY_AFTER, Answer, GuardedClient
-from jobdaemon.ports import GenerateRequest, ImageMade, OnUnknownSubmit, ProviderCall, ProviderEvent, Submitting, TaskOver
+from jobdaemon.ports import (
+    Charged,
+    GenerateRequest,
+    ImageMade,
+    OnUnknownSubmit,
+    ProviderCall,
+    ProviderEvent,
+    Submitting,
+    TaskOver,
+)
 from jobdaemon.providers.photo_fit import PhotoBounds, PhotoFitter
 from jobdaemon.providers.wire import Kind, error_of, inline_image, kind_of_status
 from jobdaemon.redact import MASK, redact
@@ -129,6 +138,7 @@ class OpenAIImagesProvider:
             asked_at = datetime.now(UTC)
             answer = await self._submit(request, photo, min(len(waiting), self.max_images_per_call), key)
             found = images_in(answer, secret=key)
+            yield Charged(len(found), usage_in(answer))
             expires_at = None if self._link_lifetime is None else asked_at + self._link_lifetime
             broken: ProviderUnavailableError | None = None
             for index, image in zip(tuple(waiting), found, strict=False):
@@ -247,6 +257,12 @@ def images_in(answer: Answer, *, secret: str) -> Sequence[FoundImage]:
     if not found:
         raise _error(Kind.PERMANENT, answer, "an answer without any image", secret)
     return found
+
+
+def usage_in(answer: Answer) -> Mapping[str, Any] | None:
+    """The tokens of a good answer, in its own words; gateways name them as for chats."""
+    usage = answer.json().get("usage")
+    return usage if isinstance(usage, dict) and usage else None
 
 
 def _found(item: object) -> FoundImage | None:

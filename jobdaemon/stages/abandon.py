@@ -43,10 +43,13 @@ class AbandonStage:
             raise UnsupportedFeatureError(f"this daemon knows no provider {provider_of(job.queue)}")
         call = with_key(call, job, self._keys.get(provider.name))
         try:
-            if not await provider.cancel(call):
+            is_stopped = await provider.cancel(call)
+            if not is_stopped:
                 await asyncio.sleep(_SECOND_LOOK_S)
-                await provider.cancel(call)
+                is_stopped = await provider.cancel(call)
         except (RateLimitedError, KeyRefusedError) as error:
             # These cost no attempt, and this is not worth asking for ever.
             raise RetryableError(str(error), retry_after=error.retry_after) from error
-        return Done(writes=(CallEnded(job.order_id, job.id, "cancelled", call_id),))
+        # What went on is charged for, as far as anybody can tell.
+        made = len(call.images) if provider.is_paid and not is_stopped else None
+        return Done(writes=(CallEnded(job.order_id, job.id, "cancelled", call_id, made=made),))

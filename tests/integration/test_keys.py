@@ -225,6 +225,8 @@ async def test_concurrency_and_budget_are_exact_over_daemons(stores: list[Postgr
     assert key(sql, "b")["spent"] == 10
     await stores[0].commit([ended(job) for job in jobs], daemon_id=daemon_id)
     assert doing(sql) == {}
+    assert key(sql, "b")["spent"] == 0  # they bought nothing
+    sql.execute("UPDATE jobdaemon.provider_keys SET spent = 10 WHERE alias = 'b'")
     again = await stores[1].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])
     assert [job.key_alias for job in again.jobs] == ["a"] * 3
 
@@ -524,6 +526,30 @@ async def test_a_wished_wait_rests_the_key_and_not_the_queue(stores: list[Postgr
     assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a", "b"])).jobs] == ["b"]
 
 
+@pytest.mark.parametrize("end", [End.SUCCEEDED, End.RETRY, End.FAILED, End.HANDED_BACK, End.INTERRUPTED])
+async def test_the_budget_counts_what_was_bought(
+    stores: list[PostgresJobStore], daemon_id: int, sql: Sql, order_factory: Orders, job_factory: Jobs, end: End
+) -> None:
+    """However an attempt ends, what it did not buy goes back: an outage spends no day's budget. More than asked counts too."""
+    add_key(sql, daily_budget=100)
+    order_id = order_factory("Free")
+    for _ in range(4):
+        job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1, 2, 3]})
+    nothing, some, more, asked = (await stores[0].claim_with_keys(QUEUE, daemon_id, 4, ["a"])).jobs
+    for job, made in ((some, 2), (more, 5), (asked, None)):
+        writes: list[Write] = [CallSubmitted(order_id, job.id, "local", (1, 2, 3), None, "a")]
+        await stores[0].commit([Transition(job, End.CHECKPOINT, writes=tuple(writes))], daemon_id=daemon_id)
+        if made is not None:
+            ended_call = CallEnded(order_id, job.id, "partial", made=made)
+            await stores[0].commit([Transition(job, End.CHECKPOINT, writes=(ended_call,))], daemon_id=daemon_id)
+    assert key(sql)["spent"] == 12
+    if end is End.INTERRUPTED:
+        sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = '-infinity'")
+    for job, spent in ((nothing, 9), (some, 8), (more, 10), (asked, 10)):
+        await stores[0].commit([Transition(job, end)], daemon_id=daemon_id)
+        assert key(sql)["spent"] == spent
+
+
 async def test_who_is_turned_away_gives_the_budget_back(
     stores: list[PostgresJobStore], daemon_id: int, sql: Sql, order_factory: Orders, job_factory: Jobs
 ) -> None:
@@ -548,19 +574,21 @@ async def test_who_is_turned_away_gives_the_budget_back(
     for job in (refused, bought, lost, partial):
         await note(job, CallSubmitted(order_id, job.id, "local", (1, 2), "t" if job is bought else None, "a"))
     await note(refused, CallEnded(order_id, refused.id, "failed"))
-    await note(partial, CallEnded(order_id, partial.id, "partial"))
+    await note(partial, CallEnded(order_id, partial.id, "partial", made=1))
     assert key(sql)["spent"] == 10
-    for job in (bought, lost, partial):
+    for job in (bought, lost):
         await turn_away(job)
     assert key(sql)["spent"] == 10
+    await turn_away(partial)
+    assert key(sql)["spent"] == 9
     await turn_away(refused)
     await turn_away(early, Signal.MONEY)
-    assert key(sql)["spent"] == 6
+    assert key(sql)["spent"] == 5
     again = next(job for job in await claim(5) if job.id == bought.id)
-    assert key(sql)["spent"] == 6 + 4 * 2  # all but the one that goes on with its task
+    assert key(sql)["spent"] == 5 + 4 * 2  # all but the one that goes on with its task
     await note(again, CallEnded(order_id, again.id, "failed"))
     await turn_away(again, Signal.KEY)
-    assert key(sql)["spent"] == 6 + 4 * 2
+    assert key(sql)["spent"] == 5 + 4 * 2
 
 
 async def test_a_refusal_without_a_key_of_ours_ends_the_job(engine_database: str, sql: Sql) -> None:

@@ -169,6 +169,28 @@ async def test_an_image_that_failed_is_asked_for_alone(database: str, order: Ord
     assert sandbox.report()["apis"][API]["images_bought"] == 6
 
 
+async def test_what_was_charged_for_is_in_the_view(database: str, order: Order, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Of two tasks that made two of three images each and of the calls for the rest every image costs its price, once."""
+    sandbox.behaviour.faults = parse_faults("partial=1")
+
+    def heal() -> bool:
+        if int(sandbox.report()["apis"].get(API, {}).get("images_bought", 0)) == 4:
+            sandbox.behaviour.faults = parse_faults("")
+        return order.has_ended()
+
+    async with daemon(settings_for(sandbox.url, tmp_path, price_per_image="0.14"), database) as running:
+        await order.place(running)
+        await until(heal, timeout_s=60)
+    rows = order.connection.execute(
+        "SELECT provider, alias, calls, open, unknown, images, cost::text FROM jobdaemon.spend"
+    ).fetchall()
+    assert rows == [{"provider": API, "alias": None, "calls": 4, "open": 0, "unknown": 0, "images": 6, "cost": "0.84"}]
+    rows = order.rows(
+        "SELECT price::text, images_made, cost::text, usage FROM jobdaemon.provider_calls WHERE order_id = %s ORDER BY id"
+    )
+    assert rows[0] == {"price": "0.14", "images_made": 2, "cost": "0.28", "usage": {"image_count": 2}}
+
+
 async def test_lost_submits_are_found(database: str, order: Order, sandbox: Sandbox, tmp_path: Path) -> None:
     """Submits whose answers were lost are found in the list of tasks: nothing is bought again, none is unknown."""
     sandbox.behaviour.faults = parse_faults("reset=1")

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from jobdaemon.errors import KeyMissingError, ProviderRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
+    Charged,
     GenerateRequest,
     ImageMade,
     ImageRefused,
@@ -246,6 +247,7 @@ class JimengProvider:
             yield ImageRefused(images[0], str(end.error))
             return
         broken = end.error
+        yield Charged(len(end.images))
         expires_at = self._clock() + _LINK_LIFETIME
         for index, image in zip(images, end.images, strict=False):
             try:
