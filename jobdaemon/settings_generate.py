@@ -86,6 +86,7 @@ class OpenAIImagesSettings(Section):
         api_key_file: a file that holds it.
         keys: several keys with limits of their own, instead of *api_key*.
         model: what the gateway calls it.
+        api: images, or chat for models that a gateway offers by chat only; then size, quality and response_format are not sent.
         endpoint: edits sends the photo, generations only the prompt.
         images_per_call: most images of one call; some models make one whatever is asked.
         size: as the model names it.
@@ -101,6 +102,7 @@ class OpenAIImagesSettings(Section):
     api_key_file: OptionalPath = None
     keys: ProviderKeys = ()
     model: Annotated[str, Field(min_length=1, max_length=200)] = "gpt-image-2"
+    api: Literal["images", "chat"] = "images"
     endpoint: Literal["edits", "generations"] = "edits"
     images_per_call: Annotated[Whole, Field(ge=1, le=10)] = 5
     size: OptionalText = "1024x1536"

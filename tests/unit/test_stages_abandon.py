@@ -56,7 +56,8 @@ async def test_a_call_is_stopped_and_closed() -> None:
 
 
 async def test_a_call_that_is_not_there_is_looked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An id chosen here may be noted before its task is there; whatever the second look says, the row is closed: as paid for where
+    """
+    An id chosen here may be noted before its task is there; whatever the second look says, the row is closed: as paid for where
     nobody could stop it.
     """
     monkeypatch.setattr(abandon, "_SECOND_LOOK_S", 0.0)

@@ -29,7 +29,7 @@ from jobdaemon.errors import (
     StoreUnavailableError,
     UnsupportedFeatureError,
 )
-from jobdaemon.ports import Charged, ImageMade, ImageRefused, ProviderCall, Submitting, TaskAccepted, TaskOver
+from jobdaemon.ports import Charged, ImageMade, ImageRefused, ProviderCall, ProviderEvent, Submitting, TaskAccepted, TaskOver
 from jobdaemon.stages import arrivals, generate
 from jobdaemon.stages.generate import GenerateStage
 from tests.fakes import JPEG, FakeArtifacts, FakeAttempt, FakeOrders, FakeProvider, image_row, order_row
@@ -544,6 +544,7 @@ async def test_what_a_call_costs_is_noted() -> None:
 
 async def test_each_call_of_an_attempt_costs_its_own() -> None:
     """What one was charged for is not said of the next."""
+    script: list[ProviderEvent | Exception | None]
     script = [Submitting(), Charged(1), ImageMade(1, b"one", JPEG), None, Submitting(), ProviderUnavailableError("down")]
     attempt = FakeAttempt(JOB, orders := _orders())
     with pytest.raises(ProviderUnavailableError):
