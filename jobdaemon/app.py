@@ -148,6 +148,11 @@ def provider_keys(settings: Settings) -> list[ProviderKey]:
     ]
 
 
+def _key_aliases(settings: Settings) -> dict[str, tuple[str, ...]]:
+    """The keys of each provider that has any."""
+    return {name: tuple(key.alias for key in keys) for name, keys in settings.provider_keys().items()}
+
+
 async def ensure_rows(store: PostgresJobStore, settings: Settings) -> None:
     """Insert the plans, queues and provider keys that are missing; an operator's rows stay as they are."""
     await store.ensure_rows(queue_names(settings), plans(settings), provider_keys(settings))
@@ -423,7 +428,7 @@ class Daemon:
 def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[str, QueueRules]:
     served = [BEAUTIFY_QUEUE, *(generate_queue(name) for name in providers), UPLOAD_QUEUE]
     paid = {generate_queue(name) for name, provider in providers.items() if provider.is_paid}
-    aliases = {generate_queue(name): tuple(key.alias for key in keys) for name, keys in settings.provider_keys().items()}
+    aliases = {generate_queue(name): keys for name, keys in _key_aliases(settings).items()}
     rules: dict[str, QueueRules] = {}
     for name in served:
         queue = settings.queue(name)
@@ -619,6 +624,8 @@ def build_stages(
             providers=providers,
             max_photo_bytes=photos.result_max_bytes,
             fallback=_fallback_rules(settings, providers),
+            keys=_key_aliases(settings),
+            prices=settings.generate.prices(),
         ),
         Task.UPLOAD: UploadStage(
             orders=orders,
@@ -628,7 +635,7 @@ def build_stages(
             max_image_bytes=photos.result_max_bytes,
         ),
         Task.REMOVE: RemoveStage(orders=orders, store=artifacts),
-        Task.ABANDON: AbandonStage(orders=orders, providers=providers),
+        Task.ABANDON: AbandonStage(orders=orders, providers=providers, keys=_key_aliases(settings)),
     }
 
 

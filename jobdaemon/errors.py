@@ -15,6 +15,7 @@ Every error this package raises on purpose.
         PutOffError               not now, and nobody's fault: costs no attempt
         RateLimitedError          a capacity signal: costs no attempt
         KeyRefusedError           the key rests and the job goes on with another: costs no attempt
+        KeyMissingError           another daemon has the key that a call was made with: costs no attempt
         DeviceMemoryError
         DeviceFailedError         the process that drives the device died or hung, of this work as far as one can tell
         StoreUnavailableError
@@ -120,6 +121,10 @@ class KeyRefusedError(RetryableError):
     def __init__(self, message: str, *, is_out_of_money: bool = False, retry_after: timedelta | None = None) -> None:
         super().__init__(message, retry_after=retry_after)
         self.is_out_of_money = is_out_of_money
+
+
+class KeyMissingError(RetryableError):
+    """What is to be asked for was bought with a key that this daemon does not have. The job is for one that has it."""
 
 
 class DeviceMemoryError(RetryableError):

@@ -238,6 +238,15 @@ class KeyRested(Event):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class KeyMissing(Event):
+    """So many *jobs* wait to collect what was bought with the key *alias*, and no running daemon has it."""
+
+    provider: str
+    alias: str
+    jobs: int
+
+
 E = TypeVar("E", bound=Event)
 Callback = Callable[[Event], None]
 

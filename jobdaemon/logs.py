@@ -31,6 +31,7 @@ from jobdaemon.events import (
     JobIsolated,
     JobsRescued,
     JobStarted,
+    KeyMissing,
     KeyRested,
     LeaseInDoubt,
     LeaseLost,
@@ -74,6 +75,7 @@ _LINES: Mapping[type[Event], tuple[Level, str]] = {
     UpkeepFailed: ("warning", "upkeep failed"),
     CommitFailed: ("warning", "commit failed"),
     KeyRested: ("warning", "key rests"),
+    KeyMissing: ("warning", "key missing"),
 }
 _NAME = "jobdaemon"
 #: These libraries tell each request, or more, at levels that are ours for what an operator must see.

@@ -196,6 +196,25 @@ def encode_jpeg(pixels: NDArray[np.uint8], *, quality: int = 92, description: st
     return out.getvalue()
 
 
+def encode_png(pixels: NDArray[np.uint8], *, is_square: bool = False) -> bytes:
+    """
+    Encode as PNG, without metadata; the same arguments give the same bytes.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        is_square: lay the picture in the middle of a transparent square of its longer side.
+    """
+    picture = Image.fromarray(pixels)
+    if is_square and picture.width != picture.height:
+        side = max(picture.size)
+        square = Image.new("RGBA", (side, side))
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        picture = square
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
+
+
 # -- opening ----------------------------------------------------------------------------------------------------------------
 
 

@@ -81,6 +81,7 @@ class ProviderCall:
         images: the indexes it asked for, in the order in which it asked.
         key: alias of the key it was made with.
         submitted_at: by the database's clock, just before the submit.
+        is_key_known: whether some daemon may have that key: it has a row, and the call is not older than any provider remembers.
     """
 
     id: int
@@ -88,6 +89,7 @@ class ProviderCall:
     images: tuple[int, ...]
     key: str | None
     submitted_at: datetime
+    is_key_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,20 @@ class TaskAccepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Charged:
+    """
+    What a call costs, as far as its answer says; comes before the images, and once more where they are resumed.
+
+    Attributes:
+        images: how many of them.
+        usage: its own words on what was used, such as tokens.
+    """
+
+    images: int
+    usage: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskOver:
     """
     The provider will give nothing more for this call (failed, expired, forgotten): a later attempt has to buy anew.
@@ -165,7 +181,7 @@ class ImageRefused:
     reason: str
 
 
-ProviderEvent = Submitting | TaskAccepted | TaskOver | ImageMade | ImageRefused
+ProviderEvent = Submitting | TaskAccepted | Charged | TaskOver | ImageMade | ImageRefused
 
 
 OnUnknownSubmit = Literal["retry", "fail"]
@@ -191,6 +207,7 @@ class Provider(Protocol):
 
         Raises:
             RateLimitedError, ProviderUnavailableError: Retryable.
+            KeyRefusedError, KeyMissingError: the key is refused, or not this daemon's. Retryable.
             AnswerLostError: the provider may have taken the submit. Retryable.
             ProviderRefusedError, UnsupportedFeatureError: Permanent.
         """

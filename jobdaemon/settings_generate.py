@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -23,13 +24,18 @@ from jobdaemon.settings_values import (
     Size,
     WebUrls,
     Whole,
+    blank,
     cores,
+    number,
 )
 
 #: How a provider gets the photo: in the request itself, by a signed link into the artifact store, or by a link at Superbed.
 PhotoLink = Literal["inline", "store", "superbed"]
 OnUnknownSubmit = Literal["retry", "fail"]
 ImagesPerCall = Annotated[Whole, Field(ge=1, le=15)]
+#: In whatever currency the operator counts.
+Price = Annotated[Decimal, BeforeValidator(number), Field(ge=0, le=1_000_000, decimal_places=6)]
+OptionalPrice = Annotated[Price | None, BeforeValidator(blank)]
 Pixels = Annotated[Whole, Field(ge=64, le=16_384)]
 
 
@@ -80,6 +86,7 @@ class OpenAIImagesSettings(Section):
         api_key_file: a file that holds it.
         keys: several keys with limits of their own, instead of *api_key*.
         model: what the gateway calls it.
+        api: images, or chat for models that a gateway offers by chat only; then size, quality and response_format are not sent.
         endpoint: edits sends the photo, generations only the prompt.
         images_per_call: most images of one call; some models make one whatever is asked.
         size: as the model names it.
@@ -87,6 +94,7 @@ class OpenAIImagesSettings(Section):
         response_format: url or b64_json for models that take it; left out when empty.
         timeout: the longest one call may take.
         on_unknown_submit: after a lost answer: retry buys again, fail ends those images.
+        price_per_image: what one costs, in any currency, for the view spend; left out when empty.
     """
 
     base_url: ServiceUrl = "https://api.openai.com/v1"
@@ -94,6 +102,7 @@ class OpenAIImagesSettings(Section):
     api_key_file: OptionalPath = None
     keys: ProviderKeys = ()
     model: Annotated[str, Field(min_length=1, max_length=200)] = "gpt-image-2"
+    api: Literal["images", "chat"] = "images"
     endpoint: Literal["edits", "generations"] = "edits"
     images_per_call: Annotated[Whole, Field(ge=1, le=10)] = 5
     size: OptionalText = "1024x1536"
@@ -101,6 +110,7 @@ class OpenAIImagesSettings(Section):
     response_format: OptionalText = None
     timeout: LongerThanZero = timedelta(seconds=180)
     on_unknown_submit: OnUnknownSubmit = "retry"
+    price_per_image: OptionalPrice = None
 
 
 class DashScopeSettings(Section):
@@ -121,6 +131,7 @@ class DashScopeSettings(Section):
         poll: how often a task is asked for.
         task_timeout: the longest a task is waited for in one attempt.
         on_unknown_submit: after a lost answer whose task cannot be found: retry buys again, fail ends those images.
+        price_per_image: what one costs, in any currency, for the view spend; left out when empty.
     """
 
     base_url: ServiceUrl = "https://dashscope.aliyuncs.com"
@@ -136,6 +147,7 @@ class DashScopeSettings(Section):
     poll: LongerThanZero = timedelta(seconds=5)
     task_timeout: LongerThanZero = timedelta(seconds=180)
     on_unknown_submit: OnUnknownSubmit = "retry"
+    price_per_image: OptionalPrice = None
 
 
 class JimengSettings(Section):
@@ -157,6 +169,7 @@ class JimengSettings(Section):
         poll: how often a task is asked for.
         task_timeout: the longest a task is waited for in one attempt.
         on_unknown_submit: after a lost answer: retry buys again, fail ends those images.
+        price_per_image: what one costs, in any currency, for the view spend; left out when empty.
     """
 
     base_url: ServiceUrl = "https://visual.volcengineapi.com"
@@ -174,6 +187,7 @@ class JimengSettings(Section):
     poll: LongerThanZero = timedelta(seconds=5)
     task_timeout: LongerThanZero = timedelta(seconds=180)
     on_unknown_submit: OnUnknownSubmit = "retry"
+    price_per_image: OptionalPrice = None
 
 
 class ComfyUISettings(Section):
@@ -207,6 +221,11 @@ class GenerateSettings(Section):
     dashscope: DashScopeSettings = DashScopeSettings()
     jimeng: JimengSettings = JimengSettings()
     comfyui: ComfyUISettings = ComfyUISettings()
+
+    def prices(self) -> dict[str, Decimal]:
+        """Provider -> price of one image, where the settings say it."""
+        sections = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: price for name, section in sections if (price := getattr(section, "price_per_image", None)) is not None}
 
     def usable(self) -> tuple[str, ...]:
         """Names of the providers whose section says enough to call them."""
@@ -273,7 +292,7 @@ class PrewarmSettings(Section):
 _ONLY_HOW = {
     *("api_key", "api_key_file", "keys", "access_key_id", "access_key_id_file", "secret_access_key", "secret_access_key_file"),
     *("workspace", "images_per_call", "response_format", "photo", "servers", "threads"),
-    *("timeout", "poll", "task_timeout", "on_unknown_submit"),
+    *("timeout", "poll", "task_timeout", "on_unknown_submit", "price_per_image"),
 }
 
 

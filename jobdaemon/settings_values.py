@@ -27,14 +27,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _number(value: object) -> object:
+def number(value: object) -> object:
+    """*value*, which must not be true or false."""
     if isinstance(value, bool):  # pydantic would take true for 1
         raise ValueError("must be a number")  # noqa: TRY004 - pydantic gathers ValueErrors; a TypeError would pass through
     return value
 
 
 def _count_of_cores(value: object) -> object:
-    return cores() if value == "cores" else _number(value)
+    return cores() if value == "cores" else number(value)
 
 
 def blank(value: object) -> object:
@@ -107,12 +108,12 @@ def _hosts(value: object) -> object:
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 LongerThanZero = Annotated[Duration, Field(gt=timedelta(0))]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Whole = Annotated[int, BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(number)]
 Priority = Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)]
 OptionalPriority = Annotated[Priority | None, BeforeValidator(blank)]
 Cores = Annotated[int, BeforeValidator(_count_of_cores)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
-PerSecond = Annotated[float, BeforeValidator(_number), Field(ge=0.0001, le=10_000)]
+Share = Annotated[float, BeforeValidator(number), Field(ge=0, le=1)]
+PerSecond = Annotated[float, BeforeValidator(number), Field(ge=0.0001, le=10_000)]
 #: The empty text means "not given" wherever nothing is a possible value, in the file as in the environment.
 OptionalPath = Annotated[Path | None, BeforeValidator(_path), BeforeValidator(blank)]
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]

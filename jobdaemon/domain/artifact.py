@@ -50,7 +50,7 @@ def prewarmed_key(photo_sha256: str, job_id: int) -> str:
     return f"prewarmed/{photo_sha256[:2]}/{photo_sha256}-{job_id}.jpg"
 
 
-def fitted_key(photo_key: str, longest_side: int, sha256: str) -> str:
+def fitted_key(photo_key: str, longest_side: int, sha256: str, extension: str = "jpg") -> str:
     """
     Key of a smaller copy of a photo, made for a provider: beside the photo.
 
@@ -59,7 +59,7 @@ def fitted_key(photo_key: str, longest_side: int, sha256: str) -> str:
         sha256: of the copy.
     """
     folder, slash, _ = photo_key.rpartition("/")
-    return f"{folder}{slash}photo-{longest_side}-{sha256[:16]}.jpg"
+    return f"{folder}{slash}photo-{longest_side}-{sha256[:16]}.{extension}"
 
 
 def generated_key(order_id: int, index: int, sha256: str, media_type: str) -> str:

@@ -115,6 +115,12 @@ class Job:
         return tuple(value for value in map(_row_number, values) if value is not None)
 
     @property
+    def images_asked(self) -> int:
+        """How many images the claim takes of a key's budget for it; the same in SQL: ``job_images``."""
+        images = self.args.get("images")
+        return len(images) if isinstance(images, list | tuple) else 1
+
+    @property
     def tried(self) -> tuple[str, ...]:
         """Providers that gave a generate job's images up before; junk left out."""
         tried = self.args.get("tried")

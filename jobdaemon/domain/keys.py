@@ -5,7 +5,7 @@ The claim deals keys out in SQL (``claim_keyed_jobs``); tests hold it equal to :
 order, each under one key:
 
 - a job that has **bought** a task goes on under that task's key and costs neither rate nor budget; while that key is full or
-  rests it waits and others pass it by;
+  rests, or where this daemon does not have it, it waits and others pass it by;
 - any other job takes the key with most free starts (of equals the first by alias) whose budget holds all its images. A key that
   is paused, rests, is full, has spent its day's budget or is before its next start has none.
 
@@ -14,7 +14,7 @@ A **refused** key rests, longer each time; one whose account is out of money res
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 
@@ -104,7 +104,15 @@ class Deal:
     opens_at: datetime | None
 
 
-def deal(jobs: Iterable[KeyedJob], keys: Sequence[KeyState], *, running: Mapping[str, int], slots: int, now: datetime) -> Deal:
+def deal(
+    jobs: Iterable[KeyedJob],
+    keys: Sequence[KeyState],
+    *,
+    running: Mapping[str, int],
+    slots: int,
+    now: datetime,
+    elsewhere: Collection[str] = (),
+) -> Deal:
     """
     Give free slots of one queue to its ready jobs, each under one of *keys*.
 
@@ -113,9 +121,10 @@ def deal(jobs: Iterable[KeyedJob], keys: Sequence[KeyState], *, running: Mapping
         running: how many jobs run under each key.
         slots: how many may start, 0 or more.
         now: aware; its day counts in UTC.
+        elsewhere: aliases of the provider's keys that only other daemons have.
     """
     hands = {key.alias: _Hand(key, running.get(key.alias, 0), now) for key in sorted(keys, key=lambda key: key.alias)}
-    waiting = list(jobs)
+    waiting = [job for job in jobs if job.bought_with not in elsewhere]
     started: list[tuple[int, str]] = []
     unfit: set[int] = set()
     while len(started) < slots and (chosen := _next(waiting, hands, unfit)) is not None:

@@ -42,6 +42,8 @@ class Signal(StrEnum):
     KEY = "key"
     #: the account behind this key is out of money
     MONEY = "money"
+    #: nothing was asked: another daemon has the key that this is to be asked with
+    ELSEWHERE = "elsewhere"
 
 
 @dataclass(frozen=True, slots=True)

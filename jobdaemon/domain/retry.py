@@ -13,6 +13,7 @@ from jobdaemon.domain.write import Write
 from jobdaemon.errors import (
     DatabaseUnavailableError,
     JobdaemonError,
+    KeyMissingError,
     KeyRefusedError,
     PermanentError,
     ProviderUnavailableError,
@@ -36,6 +37,8 @@ _DEATH_REST = timedelta(seconds=1)
 _DEATH_REST_CAP = timedelta(minutes=5)
 #: A capacity signal that names no time.
 _DEFAULT_SNOOZE = timedelta(seconds=1)
+#: Of a job whose call only a daemon with another key can ask for.
+_ELSEWHERE_REST = timedelta(seconds=5)
 #: The longest rest of a job that is out of attempts and asks its provider what became of a call.
 _SETTLE_CAP = timedelta(minutes=1)
 
@@ -100,6 +103,10 @@ def after_error(
         return Transition(
             job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=signal, retry_after=error.retry_after
         )
+    if isinstance(error, KeyMissingError):
+        # Nobody's fault. Long enough that a daemon which has the key comes first.
+        delay = _ELSEWHERE_REST * (1 + policy.jitter * jitter)
+        return Transition(job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=Signal.ELSEWHERE)
     if isinstance(error, PutOffError):
         delay = (error.retry_after or _DEFAULT_SNOOZE) * (1 + policy.jitter * jitter)
         return Transition(job, End.SNOOZE, delay=delay, error_kind=kind, error=reason)

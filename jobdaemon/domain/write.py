@@ -7,9 +7,11 @@ when it applied. So a checkpoint whose COMMIT was answered too late may be sent 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from decimal import Decimal
+from typing import Any, Literal
 
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.job import NewJob
@@ -67,6 +69,7 @@ class CallSubmitted:
         images: the indexes it asks for, in the order in which it asks.
         task_id: its id, where it is known before; None until :class:`CallAccepted`.
         key: alias of the key it uses.
+        price: of one image, as the settings have it; None where they do not say.
     """
 
     order_id: int
@@ -75,6 +78,7 @@ class CallSubmitted:
     images: tuple[int, ...]
     task_id: str | None = None
     key: str | None = None
+    price: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,16 @@ class CallEnded:
     Attributes:
         outcome: ``unknown``: the answer to the submit was lost, it may have been paid for; ``expired``: the provider has
             forgotten what it made.
+        made: how many images the provider charges for; None leaves it to those that arrived.
+        usage: the provider's own words on what was used.
     """
 
     order_id: int
     job_id: int
     outcome: Literal["succeeded", "partial", "failed", "unknown", "cancelled", "expired"]
     call_id: int | None = None
+    made: int | None = None
+    usage: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

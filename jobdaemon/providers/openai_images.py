@@ -10,6 +10,7 @@ software that many gateways run: types/error.go, service/billing_session.go, dto
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -19,9 +20,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from jobdaemon.domain.artifact import EXTENSIONS
-from jobdaemon.errors import KeyRefusedError, ProviderUnavailableError, SettingsError
+from jobdaemon.errors import KeyMissingError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import MAX_RETRY_AFTER, Answer, GuardedClient
-from jobdaemon.ports import GenerateRequest, ImageMade, OnUnknownSubmit, ProviderCall, ProviderEvent, Submitting, TaskOver
+from jobdaemon.ports import (
+    Charged,
+    GenerateRequest,
+    ImageMade,
+    OnUnknownSubmit,
+    ProviderCall,
+    ProviderEvent,
+    Submitting,
+    TaskOver,
+)
+from jobdaemon.providers import openai_chat as chat
 from jobdaemon.providers.photo_fit import PhotoBounds, PhotoFitter
 from jobdaemon.providers.wire import Kind, error_of, inline_image, kind_of_status
 from jobdaemon.redact import MASK, redact
@@ -75,6 +86,8 @@ _ONE_AT_A_TIME = frozenset({"dall-e-3"})
 _ONE_PHOTO = frozenset({"dall-e-2"})
 #: Under 50 MB, png, webp or jpg. [O] Sides have no bound there.
 PHOTO_BOUNDS = PhotoBounds(max_bytes=50_000_000 - 1)
+#: One square PNG under 4 MB. [O] It makes no larger image than 1024 pixels a side.
+_DALL_E_2_BOUNDS = PhotoBounds(max_bytes=4_000_000 - 1, longest_side=1024, media_types=("image/png",), is_square=True)
 _REQUEST_ID = re.compile(r"[\w.:-]{1,80}")
 
 
@@ -101,13 +114,14 @@ class OpenAIImagesProvider:
         for alias, key in keys.items():
             if not re.fullmatch(r"[!-~]+", key):
                 raise SettingsError(f"generate.openai_images: the key {alias} has characters that no key has")
-        self.max_images_per_call = 1 if settings.model in _ONE_AT_A_TIME else settings.images_per_call
+        is_single = settings.model in _ONE_AT_A_TIME or settings.api == "chat"
+        self.max_images_per_call = 1 if is_single else settings.images_per_call
         self.on_unknown_submit: OnUnknownSubmit = settings.on_unknown_submit
         self._settings = settings
         self._keys = dict(keys)
         self._client = client
         self._max_image_bytes = max_image_bytes
-        self._photos = PhotoFitter(self.name, PHOTO_BOUNDS)
+        self._photos = PhotoFitter(self.name, _DALL_E_2_BOUNDS if settings.model in _ONE_PHOTO else PHOTO_BOUNDS)
         host = urlsplit(settings.base_url).hostname or ""
         self._link_lifetime = _LINK_LIFETIME if f".{host}".endswith(".openai.com") else None
 
@@ -129,6 +143,7 @@ class OpenAIImagesProvider:
             asked_at = datetime.now(UTC)
             answer = await self._submit(request, photo, min(len(waiting), self.max_images_per_call), key)
             found = images_in(answer, secret=key)
+            yield Charged(len(found), usage_in(answer))
             expires_at = None if self._link_lifetime is None else asked_at + self._link_lifetime
             broken: ProviderUnavailableError | None = None
             for index, image in zip(tuple(waiting), found, strict=False):
@@ -156,7 +171,7 @@ class OpenAIImagesProvider:
         if alias is None:
             return next(iter(self._keys.values()))
         if alias not in self._keys:
-            raise KeyRefusedError(f"{self.name} has no key {alias} on this daemon")
+            raise KeyMissingError(f"this daemon does not have the key {alias} of {self.name}")
         return self._keys[alias]
 
     async def _photo(self, request: GenerateRequest) -> tuple[bytes, str]:
@@ -166,6 +181,8 @@ class OpenAIImagesProvider:
 
     async def _submit(self, request: GenerateRequest, photo: tuple[bytes, str] | None, count: int, key: str) -> Answer:
         settings = self._settings
+        if settings.api == "chat":
+            return await self._chat(request.prompt, photo, key)
         fields: dict[str, Any] = {"model": settings.model, "prompt": request.prompt, "n": count}
         chosen = {"size": settings.size, "quality": settings.quality, "response_format": settings.response_format}
         fields |= {name: value for name, value in chosen.items() if value is not None}
@@ -187,6 +204,19 @@ class OpenAIImagesProvider:
             data={name: str(value) for name, value in fields.items()},
             files=[(field, (name, content, media_type))],
             max_bytes=max_bytes,
+            timeout=settings.timeout,
+        )
+
+    async def _chat(self, prompt: str, photo: tuple[bytes, str] | None, key: str) -> Answer:
+        settings = self._settings
+        payload = await asyncio.to_thread(chat.request_body, settings.model, prompt, photo)
+        return await self._client.call(
+            "POST",
+            f"{settings.base_url}/chat/completions",
+            headers={"Authorization": f"Bearer {key}", "Accept": "application/json"},
+            payload=payload,
+            # The photo may come back beside the image.
+            max_bytes=2 * (self._max_image_bytes * 4 // 3 + 4) + _MAX_FRAME_BYTES,
             timeout=settings.timeout,
         )
 
@@ -235,18 +265,31 @@ def images_in(answer: Answer, *, secret: str) -> Sequence[FoundImage]:
     try:
         body = answer.json()
     except ProviderUnavailableError as error:
-        kind = Kind.LOST if answer.status // 100 == 2 else kind_of_error(answer.status, "", "")
+        kind = Kind.LOST if answer.status // 100 == 2 else kind_of_error(answer.status, "", "", _should_retry(answer))
         raise _error(kind, answer, str(error), secret) from None
     told = body if isinstance(body, dict) else {}
     if answer.status // 100 != 2 or told.get("error"):
         raise _told_error(answer, told, secret)
+    if "choices" in told:
+        found, words = chat.images_and_words(told)
+        if not found:
+            raise _error(Kind.PERMANENT, answer, f"an answer without any image: {words or 'no words either'}", secret)
+        return [
+            FoundImage(link if link.startswith("data:") else None, None if link.startswith("data:") else link) for link in found
+        ]
     items = told.get("data")
     if not isinstance(items, list):
         raise _error(Kind.LOST, answer, "an answer without a list of images", secret)
-    found = [image for image in map(_found, items) if image is not None]
-    if not found:
+    found_images = [image for image in map(_found, items) if image is not None]
+    if not found_images:
         raise _error(Kind.PERMANENT, answer, "an answer without any image", secret)
-    return found
+    return found_images
+
+
+def usage_in(answer: Answer) -> Mapping[str, Any] | None:
+    """The tokens of a good answer, in its own words; gateways name them as for chats."""
+    usage = answer.json().get("usage")
+    return usage if isinstance(usage, dict) and usage else None
 
 
 def _found(item: object) -> FoundImage | None:
@@ -266,18 +309,19 @@ def _told_error(answer: Answer, body: Mapping[str, Any], secret: str) -> Excepti
     told = body.get("error") or body
     if not isinstance(told, dict):
         told = {"message": told}
-    words = [str(told.get(name) or "") for name in ("code", "type")]
-    message = str(told.get("message") or told.get("detail") or " ".join(filter(None, words)) or "no reason given")
-    return _error(kind_of_error(answer.status, *words), answer, message, secret)
+    code, type_ = (str(told.get(name) or "") for name in ("code", "type"))
+    message = str(told.get("message") or told.get("detail") or " ".join(filter(None, (code, type_))) or "no reason given")
+    return _error(kind_of_error(answer.status, code, type_, _should_retry(answer)), answer, message, secret)
 
 
-def kind_of_error(status: int, code: str, type_: str) -> Kind:
+def kind_of_error(status: int, code: str, type_: str, should_retry: str = "") -> Kind:
     """
     What an error means.
 
     Args:
         code: ``error.code`` as text, empty when there is none; a number is a gateway's and says nothing.
         type_: ``error.type``, empty when there is none.
+        should_retry: the header ``x-should-retry``. Where it says no, a limit costs attempts, so that the job ends.
     """
     if (code, status) == _NO_CHANNEL:
         return Kind.RETRY
@@ -286,7 +330,16 @@ def kind_of_error(status: int, code: str, type_: str) -> Kind:
             return KINDS[word]
         if _UNSAFE.search(word):
             return Kind.PERMANENT
-    return kind_of_status(status, is_submit=True)
+    kind = kind_of_status(status, is_submit=True)
+    # The service's own word on trying again: over what goes by the status alone, and only there. [O] x-should-retry
+    match should_retry.strip().lower(), kind:
+        case "true", Kind.PERMANENT:
+            return Kind.RETRY
+        case "false", Kind.RETRY:
+            return Kind.PERMANENT
+        case "false", Kind.CAPACITY:
+            return Kind.RETRY
+    return kind
 
 
 def _error(kind: Kind, answer: Answer, message: str, secret: str) -> Exception:
@@ -294,6 +347,10 @@ def _error(kind: Kind, answer: Answer, message: str, secret: str) -> Exception:
     asked = f", request {request_id}" if _REQUEST_ID.fullmatch(request_id) else ""
     words = redact(message.replace(secret, MASK))
     return error_of(kind, f"{OpenAIImagesProvider.name} ({answer.status}{asked})", words, retry_after=_retry_after(answer))
+
+
+def _should_retry(answer: Answer) -> str:
+    return answer.headers.get("x-should-retry", "")
 
 
 def _retry_after(answer: Answer) -> timedelta | None:

@@ -1,9 +1,9 @@
 """
 Makes the photo fit what a provider takes, before it is sent or linked: an order may bring 100 megapixels, a service 16.
 
-A photo that fits is passed on as it is, to the byte. Any other is decoded small, scaled down and encoded anew as a JPEG, in a
-thread; the same photo and bounds give the same bytes, so a retry sends what the first attempt sent. One that no scaling makes fit
-(too small, too narrow) is refused here, where it costs nothing.
+A photo that fits is passed on as it is, to the byte. Any other is decoded small, scaled down and encoded anew as a JPEG (as a PNG
+where no JPEG is taken), in a thread; the same photo and bounds give the same bytes, so a retry sends what the first attempt sent.
+One that no scaling makes fit (too small, too narrow) is refused here, where it costs nothing.
 
 Each provider keeps its :class:`PhotoBounds` beside its models, with their source, and one :class:`PhotoFitter`.
 """
@@ -16,11 +16,16 @@ import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from jobdaemon.domain.artifact import Artifact, fitted_key
+from jobdaemon.domain.artifact import EXTENSIONS, Artifact, fitted_key
 from jobdaemon.errors import DeviceMemoryError, ProviderRefusedError
-from jobdaemon.photo import MAX_SIDE_PX, PhotoLimits, encode_jpeg, read_header, read_photo
+from jobdaemon.photo import MAX_SIDE_PX, PhotoLimits, encode_jpeg, encode_png, read_header, read_photo
 from jobdaemon.ports import PhotoLinks
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LoadPhoto = Callable[[], Awaitable[bytes]]
 
@@ -45,6 +50,7 @@ class PhotoBounds:
         shortest_side: fewest pixels of a side.
         max_ratio: most of the longer side over the shorter one; None where no bound is known.
         media_types: what it reads.
+        is_square: its sides must be equal: any other photo is laid on a transparent square.
     """
 
     max_bytes: int
@@ -52,9 +58,12 @@ class PhotoBounds:
     shortest_side: int = 1
     max_ratio: float | None = None
     media_types: tuple[str, ...] = ("image/jpeg", "image/png", "image/webp")
+    is_square: bool = False
 
     def admits(self, width: int, height: int, size_bytes: int, media_type: str) -> bool:
         """Whether such a file can be sent as it is."""
+        if self.is_square and width != height:
+            return False
         return (self.longest_side is None or max(width, height) <= self.longest_side) and self.admits_bytes(
             size_bytes, media_type
         )
@@ -65,7 +74,12 @@ class PhotoBounds:
 
     def needs_look(self) -> bool:
         """Whether a photo's width and height matter."""
-        return self.longest_side is not None or self.shortest_side > 1 or self.max_ratio is not None
+        return self.longest_side is not None or self.shortest_side > 1 or self.max_ratio is not None or self.is_square
+
+    @property
+    def copies_as(self) -> str:
+        """The media type of a copy."""
+        return "image/jpeg" if "image/jpeg" in self.media_types else "image/png"
 
     def fitted_side(self, width: int, height: int) -> int:
         """
@@ -142,8 +156,8 @@ class PhotoFitter:
         copy = self._verdicts[digest]
         if copy is None:
             return FittedPhoto(photo, load_photo, is_copy=False)
-        key = fitted_key(photo.key, copy.side, copy.sha256)
-        artifact = Artifact(key, copy.sha256, copy.size_bytes, "image/jpeg")
+        key = fitted_key(photo.key, copy.side, copy.sha256, EXTENSIONS[bounds.copies_as])
+        artifact = Artifact(key, copy.sha256, copy.size_bytes, bounds.copies_as)
         return FittedPhoto(artifact, lambda: self._content(photo, load_photo), is_copy=True)
 
     async def _content(self, photo: Artifact, load_photo: LoadPhoto) -> bytes:
@@ -207,12 +221,18 @@ def _made(content: bytes, bounds: PhotoBounds, provider: str) -> tuple[_Copy, by
         try:
             small = read_photo(content, limits=limits, longest_side=side)
             _require_copy(small.width, small.height, bounds, provider, (width, height))
-            fitted = encode_jpeg(small.pixels, quality=_JPEG_QUALITY)
+            fitted = _encoded(small.pixels, bounds)
         except MemoryError as error:
             raise DeviceMemoryError(f"There is no memory to make a photo of {width} x {height} pixels smaller.") from error
         if len(fitted) <= bounds.max_bytes:
             return _Copy(hashlib.sha256(fitted).hexdigest(), len(fitted), max(small.width, small.height)), fitted
         side = int(max(small.width, small.height) * math.sqrt(bounds.max_bytes / len(fitted)) * _SLACK)
+
+
+def _encoded(pixels: NDArray[np.uint8], bounds: PhotoBounds) -> bytes:
+    if bounds.copies_as == "image/jpeg":
+        return encode_jpeg(pixels, quality=_JPEG_QUALITY)
+    return encode_png(pixels, is_square=bounds.is_square)
 
 
 def _require_shape(width: int, height: int, bounds: PhotoBounds, provider: str) -> None:

@@ -1,8 +1,8 @@
 """
 Rests provider keys: tells ``domain/keys.py`` how attempts under a key ended, inside the transaction that ends them, and keeps
-what it decides.
+what it decides. And what an attempt took of the day's budget and did not buy it gives back, however it ended.
 
-Attempts without a key cost nothing here, and successes one read per group of commits.
+Attempts without a key cost nothing here, and successes two reads per group of commits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class _Tally:
     refused: list[int] = field(default_factory=list)
     is_out_of_money: bool = False
     waits: list[timedelta] = field(default_factory=list)
-    #: jobs that the provider turned away, for whatever reason
-    turned_away: list[int] = field(default_factory=list)
+    #: whether the provider turned one away, for whatever reason
+    is_turned_away: bool = False
 
     def ends(self) -> KeyEnds:
         return KeyEnds(tuple(self.succeeded), tuple(self.refused), self.is_out_of_money, max(self.waits, default=None))
@@ -50,14 +50,16 @@ async def rest_keys(connection: db.Connection, ended: Sequence[Transition]) -> l
         What to tell: the keys that were refused and rest now.
     """
     tallies = _tally(ended)
-    concerned = {name for name, tally in tallies.items() if tally.turned_away} | await _recovered(connection, tallies)
+    concerned = {name for name, tally in tallies.items() if tally.is_turned_away} | await _recovered(connection, tallies)
+    unbought = await _unbought(connection, ended)
+    concerned |= {(row["provider"], row["alias"]) for row in unbought}
     if not concerned:
         return []
     queues = sorted({transition.job.queue for transition in ended})
     records = await connection.fetch(_KEYS["lock_keys"], queues, *_columns(concerned))
     resting: list[KeyRested] = []
     documents: list[dict[str, Any]] = []
-    turned_away: list[tuple[int, str, str]] = []
+    locked: set[_Name] = set()
     for record in records:
         name = (record["provider"], record["alias"])
         tally = tallies[name]
@@ -69,12 +71,29 @@ async def rest_keys(connection: db.Connection, ended: Sequence[Transition]) -> l
         if is_refused and after.until is not None and after.until != before.until and after.reason is not None:
             seconds = (after.until - record["now"]).total_seconds()
             resting.append(KeyRested(*name, seconds, after.reason))
-        turned_away += [(job_id, *name) for job_id in tally.turned_away]
+        locked.add(name)
     if documents:
         await connection.execute(_KEYS["save_rests"], json.dumps(documents))
-    if turned_away:
-        await connection.execute(_KEYS["return_images"], *map(list, zip(*turned_away, strict=True)))
+    if returned := [row for row in unbought if (row["provider"], row["alias"]) in locked]:
+        await connection.execute(_KEYS["return_images"], json.dumps(returned))
     return resting
+
+
+async def _unbought(connection: db.Connection, ended: Iterable[Transition]) -> list[dict[str, Any]]:
+    """Images that attempts took of their keys' budgets and did not buy: {provider, alias, day, images}."""
+    rows = [
+        (job.id, provider_of(job.queue), job.key_alias, job.images_asked, _number(job.args.get("call")))
+        for job in (transition.job for transition in ended)
+        if job.key_alias is not None and not job.is_best_effort
+    ]
+    if not rows:
+        return []
+    records = await connection.fetch(_KEYS["unbought"], *map(list, zip(*rows, strict=True)))
+    return [dict(record) | {"day": record["day"].isoformat()} for record in records]
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 else None
 
 
 async def _recovered(connection: db.Connection, tallies: dict[_Name, _Tally]) -> set[_Name]:
@@ -101,7 +120,7 @@ def _tally(ended: Iterable[Transition]) -> dict[_Name, _Tally]:
         elif transition.signal is Signal.MONEY:
             tally.is_out_of_money = True
         if transition.signal in (Signal.CAPACITY, Signal.KEY, Signal.MONEY):
-            tally.turned_away.append(job.id)
+            tally.is_turned_away = True
             if transition.retry_after is not None:
                 tally.waits.append(transition.retry_after)
     return tallies

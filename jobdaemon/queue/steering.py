@@ -115,7 +115,7 @@ class Steering:
                 elif transition.retry_after is not None:
                     tally.retry_after.append(transition.retry_after)
                 continue
-            if transition.signal in (Signal.KEY, Signal.MONEY):
+            if transition.signal in (Signal.KEY, Signal.MONEY, Signal.ELSEWHERE):
                 continue  # says nothing of what the queue bears
             tally.others += 1
             if transition.signal is Signal.OUTAGE:

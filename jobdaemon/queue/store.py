@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
 from jobdaemon.domain.write import OrderFailed, PhotoPrewarmed
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
-from jobdaemon.events import Event
+from jobdaemon.events import Event, KeyMissing
 from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, moving, sql, writes
 from jobdaemon.queue.image_cache import CacheRows
@@ -247,11 +247,21 @@ class PostgresJobStore:
         queues: dict[str, int],
         was: int | None = None,
         lease: timedelta | None = None,
+        keys: Mapping[str, Sequence[str]] | None = None,
     ) -> int:
-        """Announce this daemon, the queues it serves, the id it had before, its *lease* if not its first beat does; its id."""
-        arguments = host, pid, version, json.dumps(queues), was, None if lease is None else lease.total_seconds()
+        """
+        Announce this daemon, the queues it serves, and the id it had before; returns its id.
+
+        Args:
+            lease: how long it may be silent, if not its first beat says so.
+            keys: provider -> aliases of the keys that it has.
+        """
+        held = None if keys is None else json.dumps({provider: list(aliases) for provider, aliases in keys.items()})
+        lease_s = None if lease is None else lease.total_seconds()
         async with self._upkeep.use() as connection:
-            daemon_id: int = await connection.fetchval(_JOBS["register_daemon"], *arguments)
+            daemon_id: int = await connection.fetchval(
+                _JOBS["register_daemon"], host, pid, version, json.dumps(queues), was, lease_s, held
+            )
             return daemon_id
 
     async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan], keys: Iterable[ProviderKey] = ()) -> None:
@@ -393,6 +403,12 @@ class PostgresJobStore:
             if order_ids:
                 await connection.execute(_ORDERS["abandon_calls"], order_ids)
         return len(order_ids)
+
+    async def missing_keys(self) -> list[KeyMissing]:
+        """Keys that no running daemon has, though something bought with them is to be collected."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_JOBS["missing_keys"])
+        return [KeyMissing(record["provider"], record["alias"], record["jobs"]) for record in records]
 
     async def troubled_providers(self, after: timedelta) -> list[Trouble]:
         """Providers of which nothing can start, by their circuit or their keys; *after* is what counts as long."""
@@ -665,7 +681,12 @@ class PostgresJobStore:
         if record is None:
             return None
         return ProviderCall(
-            record["id"], record["external_task_id"], tuple(record["images"]), record["key_alias"], record["submitted_at"]
+            record["id"],
+            record["external_task_id"],
+            tuple(record["images"]),
+            record["key_alias"],
+            record["submitted_at"],
+            is_key_known=record["is_key_known"],
         )
 
 

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from jobdaemon.domain.fallback import FallbackRules
+from jobdaemon.domain.job import provider_of
 from jobdaemon.errors import DatabaseUnavailableError
 from jobdaemon.events import (
     CircuitTurned,
@@ -112,6 +113,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._cut_short = asyncio.Event()
         self._team_sizes = {name: rules.team_size for name, rules in queues.items()}
+        self._keys = {provider_of(name): rules.keys for name, rules in queues.items() if rules.keys is not None}
         self._committer = Committer(store, events)
         self._heartbeat = Heartbeat(
             store,
@@ -264,6 +266,7 @@ class Supervisor:
             queues=self._team_sizes,
             was=self._heartbeat.daemon_id,
             lease=self._engine.lease,
+            keys=self._keys,
         )
         self._committer.daemon_id = daemon_id
         self._upkeep.look()

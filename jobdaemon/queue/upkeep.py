@@ -99,6 +99,8 @@ class Upkeep:
         self._stray_orders: set[int] = set()
         self._looked_at = 0
         self._rests: dict[str, asyncio.TimerHandle] = {}
+        #: Provider and alias of keys that nobody had at the last look.
+        self._missing_keys: set[tuple[str, str]] = set()
         self._now = asyncio.Event()
         self._next_due_s: float | None = None
         self._queues_changed = False
@@ -193,6 +195,7 @@ class Upkeep:
             self._polls += 1
             if self._polls % _RECONCILE_EVERY == 0:
                 await self._reconcile()
+                await self._miss_keys()
                 await self._store.abandon_calls(_RECONCILE_LIMIT)
 
     async def _lift(self) -> None:
@@ -300,6 +303,14 @@ class Upkeep:
                 skip += look.seen - len(look.moved)
                 if look.seen < _MOVE_LIMIT:
                     break
+
+    async def _miss_keys(self) -> None:
+        """Say of each key that no running daemon has, once for as long as that lasts."""
+        missing = await self._store.missing_keys()
+        for event in missing:
+            if (event.provider, event.alias) not in self._missing_keys:
+                self._events.emit(event)
+        self._missing_keys = {(event.provider, event.alias) for event in missing}
 
     async def _rescued(self, lost: LostJob, *, ran_alone: bool) -> Transition:
         other_deaths = 0

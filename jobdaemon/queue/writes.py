@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -46,6 +47,8 @@ _STATEMENTS: dict[type[Write], str] = {
 OF_CALLS = frozenset({"call_submitted", "call_accepted", "call_ended"})
 #: Error sentences are for people; whole responses of a provider are not.
 MAX_ERROR_CHARS = 2000
+#: Of what a provider says of its own accounting; more is none.
+MAX_USAGE_CHARS = 4000
 
 
 def by_statement(writes: Iterable[Write]) -> Iterator[tuple[str, list[Write]]]:
@@ -80,7 +83,11 @@ def row(write: Write) -> dict[str, Any]:
             return {"order_id": write.order_id, "index": write.index}
         case CallSubmitted():
             task_id = None if write.task_id is None else cleaned(write.task_id)
-            return asdict(write) | {"images": list(write.images), "batch": min(write.images), "task_id": task_id}
+            price = None if write.price is None else str(write.price)
+            return asdict(write) | {"images": list(write.images), "batch": min(write.images), "task_id": task_id, "price": price}
+        case CallEnded():
+            usage = cleaned(json.dumps(write.usage)) if write.usage else ""
+            return asdict(write) | {"usage": write.usage if 0 < len(usage) <= MAX_USAGE_CHARS else None}
         case CallAccepted():
             return asdict(write) | {"task_id": cleaned(write.task_id)}
         case ImageStored():

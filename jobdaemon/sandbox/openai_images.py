@@ -67,6 +67,7 @@ class _Wish:
     quality: str
     output_format: str
     as_url: bool
+    is_chat: bool = False
 
     @property
     def is_gpt(self) -> bool:
@@ -83,6 +84,7 @@ def routes(shop: Shop) -> list[web.RouteDef]:
     return [
         web.post("/v1/images/generations", api.answering(_read_generation)),
         web.post("/v1/images/edits", api.answering(_read_edit)),
+        web.post("/v1/chat/completions", api.answering(_read_chat)),
         web.get("/v1/models", api.models),
     ]
 
@@ -161,6 +163,8 @@ class _Api:
         return files
 
     async def _answer(self, wish: _Wish, files: list[File]) -> web.Response:
+        if wish.is_chat:
+            return web.json_response(await asyncio.to_thread(self._chat, wish, files))
         data = await asyncio.to_thread(lambda: [self._item(wish, file) for file in files])
         if wish.is_gateway:
             usage = {"prompt_tokens": 50, "completion_tokens": 50, "total_tokens": 100}
@@ -171,6 +175,18 @@ class _Api:
             details = {"text_tokens": 10, "image_tokens": 40}
             body["usage"] = {"total_tokens": 100, "input_tokens": 50, "output_tokens": 50, "input_tokens_details": details}
         return web.json_response(body)
+
+    def _chat(self, wish: _Wish, files: list[File]) -> dict[str, Any]:
+        """Links in the text, or images beside it, as gateways do for different models."""
+        message: dict[str, Any] = {"role": "assistant", "content": "Here it is."}
+        if wish.as_url:
+            message["content"] = "\n".join(["Here it is:", *(f"![image]({self._shop.link(file)})" for file in files)])
+        else:
+            links = ["data:image/png;base64," + base64.b64encode(file.content()).decode() for file in files]
+            message["images"] = [{"type": "image_url", "image_url": {"url": link}} for link in links]
+        usage = {"prompt_tokens": 50, "completion_tokens": 50, "total_tokens": 100}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return {"id": "chatcmpl-1", "object": "chat.completion", "model": wish.model, "choices": [choice], "usage": usage}
 
     def _item(self, wish: _Wish, file: File) -> dict[str, str]:
         item = {"url": "", "b64_json": "", "revised_prompt": ""} if wish.is_gateway else {}
@@ -214,11 +230,32 @@ async def _read_edit(request: web.Request) -> _Wish:
     for photo in photos:
         if len(photo) >= _MAX_PHOTO_BYTES:
             raise ApiError(413, "The image is too large.", code="image_too_large", param="image")
+        if wish.model == "dall-e-2" and not _is_square_png(photo):
+            told = "Uploaded image must be a square PNG and less than 4 MB."
+            raise ApiError(400, told, code="invalid_image_format", param="image")
         if not photo.startswith(_PHOTO_BEGINNINGS):
             raise ApiError(
                 400, "Invalid image file.", kind="image_generation_user_error", code="invalid_image_file", param="image"
             )
     return wish
+
+
+def _is_square_png(photo: bytes) -> bool:
+    is_png = photo.startswith(_PHOTO_BEGINNINGS[0])
+    return is_png and len(photo) < 4 * 1024 * 1024 and photo[16:20] == photo[20:24]
+
+
+async def _read_chat(request: web.Request) -> _Wish:
+    """One image for the last message; models named after OpenAI's answer with a link, others with the image."""
+    body = await _json(request)
+    messages = body.get("messages")
+    message = messages[-1] if isinstance(messages, list) and messages else None
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if not texts or not isinstance(body.get("model"), str):
+        raise ApiError(400, "Missing required parameter: 'messages'.", code="missing_required_parameter", param="messages")
+    return _Wish(body["model"], " ".join(texts), 1, "auto", "auto", "png", body["model"].startswith("gpt-"), is_chat=True)
 
 
 async def _json(request: web.Request) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ come goes with the attempt's end. A commit of its own for each would have the ne
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,8 +26,14 @@ class Arrivals:
     What fails ends the attempt, at the latest with the block. However that ends, what is stored by then is noted: it is paid for.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, with_last: Callable[[], tuple[Write, ...]] = tuple) -> None:
+        """
+        Args:
+            with_last: what to commit with images after which none is being stored: the end of a call, if they were its last. An
+                order may end with its last image, and nothing of it should be open then.
+        """
         self._attempt = attempt
+        self._with_last = with_last
         self._storing: set[asyncio.Future[Write]] = set()
         self._stored: list[Write] = []
         self._noting: asyncio.Task[None] | None = None
@@ -103,6 +109,8 @@ class Arrivals:
                 if self._end_takes_the_rest and not self._storing:
                     return
                 writes, self._stored = tuple(self._stored), []
+                if not self._storing:
+                    writes += self._with_last()
                 await self._attempt.checkpoint(*writes)
         except Exception as error:  # noqa: BLE001 - raised by whoever waits for it
             self._error = self._error or error

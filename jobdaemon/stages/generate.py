@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from decimal import Decimal
 
 from jobdaemon.domain.artifact import Artifact, generated_key
 from jobdaemon.domain.expand import upload_job
@@ -24,6 +25,7 @@ from jobdaemon.errors import InvalidOrderError, ProviderUnavailableError, StoreU
 from jobdaemon.ports import (
     ArtifactStore,
     Attempt,
+    Charged,
     GenerateRequest,
     ImageMade,
     ImageRefused,
@@ -51,9 +53,13 @@ class GenerateStage:
         providers: Mapping[str, Provider],
         max_photo_bytes: int,
         fallback: FallbackRules | None = None,
+        keys: Mapping[str, Collection[str]] | None = None,
+        prices: Mapping[str, Decimal] | None = None,
     ) -> None:
         """
         Args:
+            keys: provider -> aliases of the keys that this daemon has, of those providers that know any.
+            prices: provider -> price of one image, where the settings say it.
             fallback: who is asked when a provider has failed to the last attempt; nobody when None.
         """
         self._orders = orders
@@ -61,6 +67,8 @@ class GenerateStage:
         self._providers = providers
         self._max_photo_bytes = max_photo_bytes
         self._fallback = fallback or FallbackRules()
+        self._keys = keys or {}
+        self._prices = prices or {}
 
     async def run(self, attempt: Attempt) -> Done:
         """Raises what the provider raises, and ProviderUnavailableError when it left out an image without a word."""
@@ -74,7 +82,8 @@ class GenerateStage:
         missing = {row.index: row.prompt for row in rows if row.index in wanted and row.status == "pending"}
         if not missing:
             return Done()
-        call = CallRecord(attempt, provider, order.id, key=job.key_alias)
+        name = provider.name
+        call = CallRecord(attempt, provider, order.id, key=job.key_alias, held=self._keys.get(name), price=self._prices.get(name))
         move = self._fallback.move(order.plan, order.provider, provider.name)
         attempt.if_given_up(lambda: None if move is None else self._instead(move, attempt, call))
         request = await call.find(self._orders, self._request(order, order.beautified, rows, missing, key=job.key_alias))
@@ -82,12 +91,13 @@ class GenerateStage:
         try:
             if move is not None and attempt.is_spent:
                 await call.settle()
-            async with Arrivals(attempt) as arrivals:
+            async with Arrivals(attempt, lambda: () if missing else call.ends("succeeded")) as arrivals:
                 async with aclosing(provider.generate(request)) as events:
                     async for event in events:
                         if not isinstance(event, ImageMade | ImageRefused):
                             # The rows of images name the call that is open when they are written.
-                            await arrivals.all_noted()
+                            if not isinstance(event, Charged):
+                                await arrivals.all_noted()
                             await call.note(event, missing)
                         # A resumed call tells of all its images, of those too that arrived before.
                         elif missing.pop(event.index, None) is not None:

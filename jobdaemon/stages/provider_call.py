@@ -3,6 +3,7 @@ What the database knows of the provider call of one attempt: noted before it is 
 
     Submitting    -> CallSubmitted   a crash from here on leaves a row without an id: a lost submit, listed in unknown_submits
     TaskAccepted  -> CallAccepted    from here on every attempt asks for that task
+    Charged                          what it costs; kept for the end
     TaskOver, end -> CallEnded       nothing more will come of it
 """
 
@@ -11,31 +12,81 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Literal
 
+from jobdaemon.domain.job import Job
 from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Write
 from jobdaemon.errors import (
     AnswerLostError,
     JobdaemonError,
+    KeyMissingError,
     LeaseLostError,
     OrderEndedError,
     PermanentError,
     ProviderRefusedError,
     RetryableError,
 )
-from jobdaemon.ports import Attempt, GenerateRequest, OrderReader, Provider, ProviderCall, Submitting, TaskAccepted, TaskOver
+from jobdaemon.ports import (
+    Attempt,
+    Charged,
+    GenerateRequest,
+    OrderReader,
+    Provider,
+    ProviderCall,
+    Submitting,
+    TaskAccepted,
+    TaskOver,
+)
 
 _Outcome = Literal["succeeded", "partial", "failed", "unknown", "cancelled"]
+
+
+def with_key(call: ProviderCall, job: Job, held: Collection[str] | None) -> ProviderCall:
+    """
+    *call* as this attempt can ask for it: a key that nobody has any more gives way to the attempt's own.
+
+    Args:
+        held: aliases of the provider's keys that this daemon has; None where that is not known.
+
+    Raises:
+        KeyMissingError: another daemon may have its key.
+    """
+    if call.key is None or held is None or call.key in held:
+        return call
+    if call.is_key_known and call.task_id is None:
+        return call  # its provider may know without a key that nobody can be asked; else it says so itself
+    if call.is_key_known:
+        raise KeyMissingError(f"a call was made with the key {call.key}, which this daemon does not have")
+    return replace(call, key=job.key_alias)
 
 
 class CallRecord:
     """The call of one attempt."""
 
-    def __init__(self, attempt: Attempt, provider: Provider, order_id: int, key: str | None) -> None:
+    def __init__(
+        self,
+        attempt: Attempt,
+        provider: Provider,
+        order_id: int,
+        key: str | None,
+        held: Collection[str] | None = None,
+        price: Decimal | None = None,
+    ) -> None:
+        """
+        Args:
+            key: alias of the key for what is bought.
+            held: as for :func:`with_key`.
+            price: of an image, where the settings say it.
+        """
         self._attempt = attempt
         self._provider = provider
         self._order_id = order_id
         self._key = key
+        self._held = held
+        self._price = price
+        #: What the open call was said to be charged for; None while nothing was said.
+        self._charged: Charged | None = None
         #: The call that this attempt goes on with.
         self.resumed: ProviderCall | None = None
         #: Fetched once more for an image whose link expired: another job's call, which ended well.
@@ -50,14 +101,17 @@ class CallRecord:
 
         Raises:
             ProviderRefusedError: a submit was lost, and such a call is not to be bought again.
+            KeyMissingError: it is for a daemon that has another key.
         """
         job = self._attempt.job
         call = await orders.open_call(job.id)
         if call is not None:
             self._is_open = True
-            call = await self._look_for_task(call, request)
+            call = await self._look_for_task(with_key(call, job, self._held), request)
         elif isinstance(number := job.args.get("call"), int):
             call = await orders.collectable_call(number)
+            if call is not None:
+                call = with_key(call, job, self._held)
             self._is_collected = call is not None
         if call is None:
             return request
@@ -79,7 +133,7 @@ class CallRecord:
             )
         return None
 
-    async def note(self, event: Submitting | TaskAccepted | TaskOver, images: Collection[int]) -> None:
+    async def note(self, event: Submitting | TaskAccepted | Charged | TaskOver, images: Collection[int]) -> None:
         """
         Commit what happened to the call.
 
@@ -111,15 +165,17 @@ class CallRecord:
                         await self._give_up(event.task_id, images)
                     raise
                 self._has_task = True
+            case Charged():
+                self._charged = event
             case TaskOver():
                 await self.close("failed")
 
     async def _submitted(self, task_id: str | None, images: Collection[int]) -> None:
-        self.resumed, self._is_collected = None, False
+        self.resumed, self._is_collected, self._charged = None, False, None
         self._is_open, self._has_task = True, task_id is not None
         job_id = self._attempt.job.id
         await self._attempt.checkpoint(
-            CallSubmitted(self._order_id, job_id, self._provider.name, tuple(sorted(images)), task_id, self._key)
+            CallSubmitted(self._order_id, job_id, self._provider.name, tuple(sorted(images)), task_id, self._key, self._price)
         )
 
     async def _give_up(self, task_id: str, images: Collection[int]) -> None:
@@ -153,7 +209,11 @@ class CallRecord:
 
     def ends(self, outcome: _Outcome) -> tuple[Write, ...]:
         """What closes the call, for the attempt's own end."""
-        return (CallEnded(self._order_id, self._attempt.job.id, outcome),) if self._is_open else ()
+        if not self._is_open:
+            return ()
+        charged = self._charged
+        made, usage = (None, None) if charged is None else (charged.images, charged.usage)
+        return (CallEnded(self._order_id, self._attempt.job.id, outcome, made=made, usage=usage),)
 
     async def close(self, outcome: _Outcome) -> None:
         """Close the call now: a later attempt buys anew."""

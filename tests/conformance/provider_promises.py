@@ -24,7 +24,7 @@ from jobdaemon.domain.artifact import Artifact, source_key
 from jobdaemon.errors import (
     AnswerLostError,
     JobdaemonError,
-    KeyRefusedError,
+    KeyMissingError,
     PermanentError,
     RateLimitedError,
     RetryableError,
@@ -32,6 +32,7 @@ from jobdaemon.errors import (
 )
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
+    Charged,
     GenerateRequest,
     ImageMade,
     ImageRefused,
@@ -77,10 +78,11 @@ Make = Callable[[Bench], Provider]
 
 @dataclass(slots=True)
 class Outcome:
-    """What one call came to."""
+    """What one call came to; what it was charged for stands apart from what happened."""
 
     events: list[ProviderEvent] = field(default_factory=list)
     error: JobdaemonError | None = None
+    charged: int = 0
 
     @property
     def made(self) -> list[ImageMade]:
@@ -126,7 +128,10 @@ async def outcome(provider: Provider, request: GenerateRequest) -> Outcome:
     try:
         async with aclosing(provider.generate(request)) as events:
             async for event in events:
-                seen.events.append(event)
+                if isinstance(event, Charged):
+                    seen.charged += event.images
+                else:
+                    seen.events.append(event)
     except JobdaemonError as error:
         seen.error = error
     return seen
@@ -251,6 +256,12 @@ class EveryService:
         assert service.bought() == len(request.images)
         await until(lambda: service.open_slots() == 0, timeout_s=5)
 
+    async def test_what_was_bought_is_told(self, service: Service) -> None:
+        """Where calls cost money the answer's own count of images is told, and it is the service's."""
+        seen = await outcome(service.provider, wanted(service.provider))
+        assert seen.error is None
+        assert seen.charged == (service.bought() if service.provider.is_paid else 0)
+
     async def test_a_known_task_is_gone_on_with(self, service: Service) -> None:
         """A later attempt resumes the noted task: it makes all images in the order of that call, and buys none again."""
         request = wanted(service.provider)
@@ -298,9 +309,10 @@ class EveryService:
             assert (seen.answered, service.bought()) == ([], 0)
 
     async def test_a_key_that_is_not_here_is_that_key_s_error(self, service: Service) -> None:
-        """An alias this daemon has no secret for is a refused key, told apart from the provider's outage."""
+        """An alias this daemon has no secret for is another daemon's, which is no outage and no refusal."""
         seen = await outcome(service.provider, replace(wanted(service.provider), key="no-such-key"))
-        assert seen.error is None or isinstance(seen.error, KeyRefusedError)
+        assert seen.error is None or isinstance(seen.error, KeyMissingError)
+        assert seen.events == [] or seen.error is None
 
     @pytest.mark.parametrize(
         ("fault", "errors"),

@@ -24,6 +24,7 @@ from jobdaemon.domain.artifact import Artifact, source_key
 from jobdaemon.errors import (
     AnswerLostError,
     JobdaemonError,
+    KeyMissingError,
     KeyRefusedError,
     ProviderRefusedError,
     ProviderUnavailableError,
@@ -33,6 +34,7 @@ from jobdaemon.errors import (
 )
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
+    Charged,
     GenerateRequest,
     ImageMade,
     ImageRefused,
@@ -115,7 +117,8 @@ async def outcome(provider: DashScopeProvider, request: GenerateRequest) -> Outc
     try:
         async with aclosing(provider.generate(request)) as events:
             async for event in events:
-                seen.events.append(event)
+                if not isinstance(event, Charged):
+                    seen.events.append(event)
     except JobdaemonError as error:
         seen.error = error
     return seen
@@ -324,10 +327,10 @@ def test_what_cannot_work_is_told_at_the_start(client: GuardedClient, keys: dict
     assert "sk-" not in str(told.value)
 
 
-async def test_an_unknown_alias_is_a_refused_key(provider: DashScopeProvider) -> None:
-    """A key that this daemon does not have is that key's trouble, before anything is noted."""
+async def test_an_unknown_alias_is_another_daemon_s(provider: DashScopeProvider) -> None:
+    """A key that this daemon does not have is no refused one, and is found out before anything is noted."""
     seen = await outcome(provider, wanted(key="other"))
-    assert isinstance(seen.error, KeyRefusedError)
+    assert isinstance(seen.error, KeyMissingError)
     assert seen.events == []
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import io
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
+from PIL import Image
 
+from jobdaemon.domain.artifact import Artifact
 from jobdaemon.errors import (
     AnswerLostError,
+    KeyMissingError,
     KeyRefusedError,
     ProviderRefusedError,
     ProviderUnavailableError,
@@ -22,7 +28,7 @@ from jobdaemon.errors import (
     SettingsError,
 )
 from jobdaemon.http import Answer, GuardedClient
-from jobdaemon.ports import GenerateRequest, ImageMade, Submitting
+from jobdaemon.ports import Charged, GenerateRequest, ImageMade, Submitting
 from jobdaemon.providers.openai_images import KINDS, OpenAIImagesProvider, images_in, kind_of_error
 from jobdaemon.providers.wire import Kind
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
@@ -294,12 +300,12 @@ async def test_what_was_made_before_an_error_is_kept(sandbox: Sandbox, make: Mak
     sandbox.behaviour.faults = parse_faults("partial=1")
     provider = make()
     stream = provider.generate(wanted(provider))
-    first = [await anext(stream), await anext(stream)]
+    first = [await anext(stream) for _ in range(3)]
     sandbox.behaviour.faults = parse_faults("429=1")
     assert isinstance(await anext(stream), Submitting)
     with pytest.raises(RateLimitedError):
         await anext(stream)
-    assert [type(event) for event in first] == [Submitting, ImageMade]
+    assert [type(event) for event in first] == [Submitting, Charged, ImageMade]
 
 
 async def test_an_unsafe_prompt_is_refused_for_nothing(sandbox: Sandbox, make: Make) -> None:
@@ -335,14 +341,14 @@ async def test_a_full_service_says_how_long_to_wait(sandbox: Sandbox, make: Make
 
 
 async def test_the_key_follows_the_request(sandbox: Sandbox, make: Make) -> None:
-    """The claim's alias picks the key; without one the first is used; an alias without a secret is a refused key."""
+    """The claim's alias picks the key; without one the first is used; an alias without a secret is another daemon's."""
     provider = make(keys={"first": "sk-conformance-first", "other": "sk-conformance-other"})
     for alias in (None, "other", "first"):
         await outcome(provider, replace(wanted(provider), key=alias))
     calls = {key: counts["calls"] for key, counts in report(sandbox)["keys"].items()}
     assert calls == {"…irst": 2, "…ther": 1}
     seen = await outcome(provider, replace(wanted(provider), key="third"))
-    assert isinstance(seen.error, KeyRefusedError)
+    assert isinstance(seen.error, KeyMissingError)
     assert seen.events == []
 
 
@@ -381,3 +387,114 @@ async def test_a_missing_or_impossible_key_is_a_setting(make: Make, keys: dict[s
         OpenAIImagesProvider(OpenAIImagesSettings(), keys=keys, client=client, max_image_bytes=1)
     assert "Evil" not in str(caught.value)
     await client.close()
+
+
+# ---------------------------------------------------------------- x-should-retry, chats, squares
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "word", "kind"),
+    [
+        (400, "", "true", Kind.RETRY),
+        (409, "", "false", Kind.PERMANENT),
+        (500, "", "false", Kind.PERMANENT),
+        (503, "", " False ", Kind.PERMANENT),
+        (429, "", "false", Kind.RETRY),
+        (429, "", "true", Kind.CAPACITY),
+        (500, "", "maybe", Kind.RETRY),
+        # What the code says is known better; a lost answer stays lost, and a refused key rests.
+        (400, "moderation_blocked", "true", Kind.PERMANENT),
+        (429, "insufficient_quota", "true", Kind.MONEY),
+        (504, "", "false", Kind.LOST),
+        (401, "", "true", Kind.KEY),
+    ],
+)
+def test_the_service_s_word_on_retrying_counts_where_only_the_status_speaks(
+    status: int, code: str, word: str, kind: Kind
+) -> None:
+    """x-should-retry turns never and later round; a limit that it calls hopeless costs attempts."""
+    assert type(error_in({"error": {"message": "m", "code": code}}, status, x_should_retry=word)) is ERRORS[kind]
+
+
+PNG_LINK = f"data:image/png;base64,{B64}"
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ({"content": "here", "images": [{"type": "image_url", "image_url": {"url": PNG_LINK}}]}, [PNG_LINK]),
+        ({"content": None, "images": [{"image_url": LINK}]}, [LINK]),
+        ({"content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": LINK}}]}, [LINK]),
+        ({"content": [{"inline_data": {"mime_type": "image/png", "data": B64}}]}, [PNG_LINK]),
+        ({"content": [{"inlineData": {"mimeType": "image/png", "data": B64}}]}, [PNG_LINK]),
+        ({"content": f"Done! ![a cat]({LINK}) and ![again]({LINK})"}, [LINK]),
+        ({"content": f"![image]({PNG_LINK})"}, [PNG_LINK]),
+        ({"content": f" {PNG_LINK}\n"}, [PNG_LINK]),
+        (
+            {"content": "See https://img.example/f/1.webp?x=1, and https://img.example/about."},
+            ["https://img.example/f/1.webp?x=1"],
+        ),
+        ({"content": "![a](http://img.example/1.png)"}, ["http://img.example/1.png"]),
+        # beside the text and in it: the same image
+        ({"content": f"![a]({LINK})", "images": [{"image_url": {"url": PNG_LINK}}]}, [PNG_LINK]),
+    ],
+)
+def test_images_of_a_chat(message: Any, found: list[str]) -> None:
+    """Every form in use is understood, each image counts once, and of two forms in one answer the first is taken."""
+    images = images_in(answer({"choices": [{"message": message}]}), secret=SECRET)
+    assert [image.url or image.inline for image in images] == found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": []},
+        {"choices": None},
+        {"choices": [None]},
+        {"choices": [{"message": "x"}]},
+        {"choices": [{"message": {"content": None}}]},
+        {"choices": [{"message": {"content": "I cannot draw real people."}}]},
+        {"choices": [{"message": {"content": [1, {"text": 2}, {"image_url": {"url": 3}}, {"inline_data": {"data": ""}}]}}]},
+        {"choices": [{"message": {"content": "![x](ftp://x/1.png) ![y](javascript:1) data:image/png;base64,"}}]},
+    ],
+)
+def test_a_chat_without_an_image_is_a_refusal(body: Any) -> None:
+    """It is quoted and not asked again, whatever the answer looks like."""
+    assert type(error_in(body, 200)) is ProviderRefusedError
+
+
+@pytest.mark.parametrize(("model", "is_link"), [("gemini-2.5-flash-image", False), ("gpt-4o-image", True)])
+@pytest.mark.parametrize("endpoint", ["edits", "generations"])
+async def test_an_image_by_chat(sandbox: Sandbox, make: Make, model: str, is_link: bool, endpoint: str) -> None:
+    """One image is one call, inline or by a link, of the photo or of the prompt alone."""
+    provider = make(api="chat", model=model, endpoint=endpoint)
+    assert provider.max_images_per_call == 1
+    request = wanted(provider)
+    seen = await outcome(provider, request)
+    assert seen.error is None
+    assert [(image.index, image.url is not None) for image in seen.made] == [(7, is_link)]
+    assert (report(sandbox)["calls"], report(sandbox)["images_bought"]) == (1, 1)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (400, 300), (350, 350), (3000, 2000)])
+async def test_dall_e_2_gets_a_square_png(make: Make, size: tuple[int, int]) -> None:
+    """The whole photo lies in the middle, what it does not cover is transparent, and the file is below 4 MB."""
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise).save(out, "JPEG", quality=95)
+    photo = Artifact("work/1/beautified-0.jpg", hashlib.sha256(out.getvalue()).hexdigest(), out.tell(), "image/jpeg")
+
+    async def load() -> bytes:
+        return out.getvalue()
+
+    provider = make(model="dall-e-2", size="512x512")
+    request = GenerateRequest(1, ((7, 0),), "p", photo, load)
+    content, media_type = await provider._photo(request)
+    with Image.open(io.BytesIO(content)) as picture:
+        assert (picture.format, media_type) == ("PNG", "image/png")
+        assert picture.width == picture.height <= 1024
+        corner = picture.convert("RGBA").getpixel((0, 0))
+    assert isinstance(corner, tuple)
+    assert (corner[3] == 0) == (size[0] != size[1])
+    assert len(content) < 4_000_000
+    assert (await outcome(provider, request)).error is None

@@ -42,6 +42,17 @@ def _openai_images(bench: Bench) -> Provider:
     return OpenAIImagesProvider(settings, keys={"default": SECRET}, client=bench.client, max_image_bytes=MAX_IMAGE_BYTES)
 
 
+def _openai_chat(bench: Bench) -> Provider:
+    """A gateway's model that draws in a chat."""
+    from jobdaemon.providers.openai_images import OpenAIImagesProvider
+    from jobdaemon.settings_generate import OpenAIImagesSettings
+
+    settings = OpenAIImagesSettings(
+        base_url=f"{bench.url}/v1", api="chat", model="gemini-2.5-flash-image", timeout=timedelta(seconds=10)
+    )
+    return OpenAIImagesProvider(settings, keys={"default": SECRET}, client=bench.client, max_image_bytes=MAX_IMAGE_BYTES)
+
+
 def _comfyui(bench: Bench) -> Provider:
     from jobdaemon.providers.comfyui import ComfyUIProvider
     from jobdaemon.settings_generate import ComfyUISettings
@@ -108,6 +119,7 @@ def _jimeng_inline(bench: Bench) -> Provider:
 #: Providers that call a service; one line each.
 SERVICES: Mapping[str, Make] = {
     "openai_images": _openai_images,
+    "openai_images, chat": _openai_chat,
     "comfyui": _comfyui,
     "dashscope": _dashscope("wan2.5-i2i-preview"),
     "dashscope, messages": _dashscope("wan2.6-image"),

@@ -22,8 +22,9 @@ from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.keys import OUT_OF_MONEY, REFUSED, KeyedJob, KeyState, ProviderKey, deal
 from jobdaemon.domain.outcome import End, Signal, Transition
 from jobdaemon.domain.picking import LIFTED_PRIORITY
+from jobdaemon.domain.retry import after_error
 from jobdaemon.domain.write import CallEnded, CallSubmitted, Write
-from jobdaemon.errors import KeyRefusedError
+from jobdaemon.errors import KeyMissingError, KeyRefusedError
 from jobdaemon.events import KeyRested
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
@@ -104,6 +105,7 @@ ready_jobs = st.tuples(
     st.lists(ready_jobs, max_size=30),
     st.lists(st.sampled_from(["a", "b", "c", None]), max_size=6),
     st.integers(1, 8),
+    st.sampled_from(["abc", "abc", "ab", "c", ""]),
 )
 def test_the_claim_deals_as_the_model_does(
     board: Sql,
@@ -111,6 +113,7 @@ def test_the_claim_deals_as_the_model_does(
     ready: list[tuple[int, str | None, bool, int]],
     running: list[str | None],
     slots: int,
+    held: str,
 ) -> None:
     """On any queue under any keys SQL starts the same jobs under the same keys as domain/keys.py, and opens at the same time."""
     with board.transaction(force_rollback=True):
@@ -142,10 +145,14 @@ def test_the_claim_deals_as_the_model_does(
             [QUEUE, running],
         )
         claimed = board.execute(
-            "SELECT id, key_alias, opens_in_s FROM jobdaemon.claim_jobs(%s, %s, %s, ARRAY['a', 'b', 'c'])", [QUEUE, worker, slots]
+            "SELECT id, key_alias, opens_in_s FROM jobdaemon.claim_jobs(%s, %s, %s, %s::text[])",
+            [QUEUE, worker, slots, list(held)],
         ).fetchall()
         after = {row["alias"]: row for row in board.execute("SELECT * FROM jobdaemon.provider_keys").fetchall()}
-    wanted = deal(jobs, states, running=Counter(alias for alias in running if alias), slots=slots, now=now)
+    own = [state for state in states if state.alias in held]
+    elsewhere = {state.alias for state in states if state not in own}
+    counts = Counter(alias for alias in running if alias)
+    wanted = deal(jobs, own, running=counts, slots=slots, now=now, elsewhere=elsewhere)
     assert [(row["id"], row["key_alias"]) for row in claimed if row["id"] is not None] == list(wanted.started)
     opens_in_s = next((row["opens_in_s"] for row in claimed if row["id"] is None), None)
     assert (opens_in_s is None) == (wanted.opens_at is None)
@@ -218,6 +225,8 @@ async def test_concurrency_and_budget_are_exact_over_daemons(stores: list[Postgr
     assert key(sql, "b")["spent"] == 10
     await stores[0].commit([ended(job) for job in jobs], daemon_id=daemon_id)
     assert doing(sql) == {}
+    assert key(sql, "b")["spent"] == 0  # they bought nothing
+    sql.execute("UPDATE jobdaemon.provider_keys SET spent = 10 WHERE alias = 'b'")
     again = await stores[1].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])
     assert [job.key_alias for job in again.jobs] == ["a"] * 3
 
@@ -308,7 +317,10 @@ async def test_lifted_work_keeps_its_turns_under_a_rate(stores: list[PostgresJob
 async def test_a_bought_task_keeps_its_key(
     stores: list[PostgresJobStore], daemon_id: int, sql: Sql, order_factory: Orders, job_factory: Jobs
 ) -> None:
-    """After a retry the job goes on under the key it bought with, past rate and budget; with that key gone any other will do."""
+    """
+    After a retry the job goes on under the key it bought with, past rate and budget; a daemon without that key passes it by, and
+    only with the key's row gone any other will do.
+    """
     add_key(sql, "a", daily_budget=1)
     add_key(sql, "b", concurrency=0)
     order_id = order_factory("Free")
@@ -329,6 +341,10 @@ async def test_a_bought_task_keeps_its_key(
     assert (open_call.task_id, open_call.key) == ("task-1", "a")
     [job] = [job for job in jobs if job.id == job_id]
     await stores[0].commit([Transition(job, End.HANDED_BACK)], daemon_id=daemon_id)
+    fill(sql, 1)
+    jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["b"])).jobs
+    assert {job.id == job_id: job.key_alias for job in jobs} == {False: "b"}
+    sql.execute("DELETE FROM jobdaemon.provider_keys WHERE alias = 'a'")
     assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["b"])).jobs] == ["b"]
 
 
@@ -372,6 +388,21 @@ async def test_collecting_once_more_costs_nothing(
     jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])).jobs
     assert Counter((job.args["call"] == call_id, job.key_alias) for job in jobs) == {(True, "a"): 1, (False, "b"): 5}
     assert key(sql)["spent"] == 0
+
+
+async def test_a_call_for_another_daemon_costs_nothing_here(stores: list[PostgresJobStore], daemon_id: int, sql: Sql) -> None:
+    """A job that lacks the key of its call neither rests the key it was dealt nor spends that key's budget."""
+    add_key(sql, "a", daily_budget=9)
+    fill(sql, 1, images=4)
+    [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a"])).jobs
+    assert key(sql)["spent"] == 4
+    end = after_error(job, KeyMissingError("not here"), RULES.retry, jitter=0.5, dead=lambda reason: ())
+    assert (end.end, end.signal) == (End.SNOOZE, Signal.ELSEWHERE)
+    await stores[0].commit([end], daemon_id=daemon_id)
+    row = key(sql)
+    assert (row["spent"], row["rests"], row["rested_until"]) == (0, 0, None)
+    queue = _one(sql, f"SELECT circuit, adaptive_limit FROM jobdaemon.queues WHERE name = '{QUEUE}'")
+    assert queue == {"circuit": "closed", "adaptive_limit": None}
 
 
 async def test_a_job_that_bought_nothing_forgets_its_key(stores: list[PostgresJobStore], daemon_id: int, sql: Sql) -> None:
@@ -495,6 +526,30 @@ async def test_a_wished_wait_rests_the_key_and_not_the_queue(stores: list[Postgr
     assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a", "b"])).jobs] == ["b"]
 
 
+@pytest.mark.parametrize("end", [End.SUCCEEDED, End.RETRY, End.FAILED, End.HANDED_BACK, End.INTERRUPTED])
+async def test_the_budget_counts_what_was_bought(
+    stores: list[PostgresJobStore], daemon_id: int, sql: Sql, order_factory: Orders, job_factory: Jobs, end: End
+) -> None:
+    """However an attempt ends, what it did not buy goes back: an outage spends no day's budget. More than asked counts too."""
+    add_key(sql, daily_budget=100)
+    order_id = order_factory("Free")
+    for _ in range(4):
+        job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1, 2, 3]})
+    nothing, some, more, asked = (await stores[0].claim_with_keys(QUEUE, daemon_id, 4, ["a"])).jobs
+    for job, made in ((some, 2), (more, 5), (asked, None)):
+        writes: list[Write] = [CallSubmitted(order_id, job.id, "local", (1, 2, 3), None, "a")]
+        await stores[0].commit([Transition(job, End.CHECKPOINT, writes=tuple(writes))], daemon_id=daemon_id)
+        if made is not None:
+            ended_call = CallEnded(order_id, job.id, "partial", made=made)
+            await stores[0].commit([Transition(job, End.CHECKPOINT, writes=(ended_call,))], daemon_id=daemon_id)
+    assert key(sql)["spent"] == 12
+    if end is End.INTERRUPTED:
+        sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = '-infinity'")
+    for job, spent in ((nothing, 9), (some, 8), (more, 10), (asked, 10)):
+        await stores[0].commit([Transition(job, end)], daemon_id=daemon_id)
+        assert key(sql)["spent"] == spent
+
+
 async def test_who_is_turned_away_gives_the_budget_back(
     stores: list[PostgresJobStore], daemon_id: int, sql: Sql, order_factory: Orders, job_factory: Jobs
 ) -> None:
@@ -519,19 +574,21 @@ async def test_who_is_turned_away_gives_the_budget_back(
     for job in (refused, bought, lost, partial):
         await note(job, CallSubmitted(order_id, job.id, "local", (1, 2), "t" if job is bought else None, "a"))
     await note(refused, CallEnded(order_id, refused.id, "failed"))
-    await note(partial, CallEnded(order_id, partial.id, "partial"))
+    await note(partial, CallEnded(order_id, partial.id, "partial", made=1))
     assert key(sql)["spent"] == 10
-    for job in (bought, lost, partial):
+    for job in (bought, lost):
         await turn_away(job)
     assert key(sql)["spent"] == 10
+    await turn_away(partial)
+    assert key(sql)["spent"] == 9
     await turn_away(refused)
     await turn_away(early, Signal.MONEY)
-    assert key(sql)["spent"] == 6
+    assert key(sql)["spent"] == 5
     again = next(job for job in await claim(5) if job.id == bought.id)
-    assert key(sql)["spent"] == 6 + 4 * 2  # all but the one that goes on with its task
+    assert key(sql)["spent"] == 5 + 4 * 2  # all but the one that goes on with its task
     await note(again, CallEnded(order_id, again.id, "failed"))
     await turn_away(again, Signal.KEY)
-    assert key(sql)["spent"] == 6 + 4 * 2
+    assert key(sql)["spent"] == 5 + 4 * 2
 
 
 async def test_a_refusal_without_a_key_of_ours_ends_the_job(engine_database: str, sql: Sql) -> None:

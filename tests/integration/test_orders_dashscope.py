@@ -20,7 +20,7 @@ from jobdaemon.domain.artifact import source_key
 from jobdaemon.domain.order import NewOrder
 from jobdaemon.enqueue import enqueue
 from jobdaemon.errors import SettingsError
-from jobdaemon.events import DaemonReady, Events
+from jobdaemon.events import DaemonReady, Event, Events
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import until
@@ -47,9 +47,11 @@ def settings_for(url: str, folder: Path, **section: str) -> Settings:
 
 
 @asynccontextmanager
-async def daemon(settings: Settings, url: str) -> AsyncIterator[Daemon]:
+async def daemon(settings: Settings, url: str, seen: list[Event] | None = None) -> AsyncIterator[Daemon]:
     """A daemon at work; what runs when the block ends is cut off and handed back."""
     events = Events()
+    if seen is not None:
+        events.subscribe(seen.append)
     ready = events.expect(DaemonReady)
     async with open_daemon(settings, url, events) as daemon:
         task = asyncio.ensure_future(daemon.supervisor.run(wait_for_database=True))
@@ -67,7 +69,7 @@ class Order:
     """Six images, three of each of two prompts."""
 
     def __init__(self, url: str) -> None:
-        self._connection = psycopg.connect(url, autocommit=True, row_factory=dict_row)
+        self.connection = psycopg.connect(url, autocommit=True, row_factory=dict_row)
         self.id = 0
 
     async def place(self, daemon: Daemon) -> None:
@@ -75,11 +77,11 @@ class Order:
         key = source_key(hashlib.sha256(content).hexdigest(), "png")
         await daemon.artifacts.put(key, content, "image/png")
         order = NewOrder(plan="Start", source=f"artifact:{key}", prompts=("by a window", "in a wood"), images=6, provider=API)
-        self.id = enqueue(self._connection, order).order_id
+        self.id = enqueue(self.connection, order).order_id
 
     def rows(self, query: str) -> list[dict[str, Any]]:
         """*query*, which has one place for the order's id."""
-        return self._connection.execute(query.encode(), [self.id]).fetchall()
+        return self.connection.execute(query.encode(), [self.id]).fetchall()
 
     def has_ended(self) -> bool:
         return bool(self.rows("SELECT FROM jobdaemon.orders WHERE id = %s AND finished_at IS NOT NULL"))
@@ -102,7 +104,7 @@ class Order:
         assert len({image["sha256"] for image in images}) == 6
 
     def close(self) -> None:
-        self._connection.close()
+        self.connection.close()
 
 
 @pytest.fixture
@@ -165,6 +167,28 @@ async def test_an_image_that_failed_is_asked_for_alone(database: str, order: Ord
     assert sorted(calls[:2]) == [("partial", 3)] * 2
     assert calls[-2:] == [("succeeded", 1)] * 2
     assert sandbox.report()["apis"][API]["images_bought"] == 6
+
+
+async def test_what_was_charged_for_is_in_the_view(database: str, order: Order, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Of two tasks that made two of three images each and of the calls for the rest every image costs its price, once."""
+    sandbox.behaviour.faults = parse_faults("partial=1")
+
+    def heal() -> bool:
+        if int(sandbox.report()["apis"].get(API, {}).get("images_bought", 0)) == 4:
+            sandbox.behaviour.faults = parse_faults("")
+        return order.has_ended()
+
+    async with daemon(settings_for(sandbox.url, tmp_path, price_per_image="0.14"), database) as running:
+        await order.place(running)
+        await until(heal, timeout_s=60)
+    rows = order.connection.execute(
+        "SELECT provider, alias, calls, open, unknown, images, cost::text FROM jobdaemon.spend"
+    ).fetchall()
+    assert rows == [{"provider": API, "alias": None, "calls": 4, "open": 0, "unknown": 0, "images": 6, "cost": "0.84"}]
+    rows = order.rows(
+        "SELECT price::text, images_made, cost::text, usage FROM jobdaemon.provider_calls WHERE order_id = %s ORDER BY id"
+    )
+    assert rows[0] == {"price": "0.14", "images_made": 2, "cost": "0.28", "usage": {"image_count": 2}}
 
 
 async def test_lost_submits_are_found(database: str, order: Order, sandbox: Sandbox, tmp_path: Path) -> None:

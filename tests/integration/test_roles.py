@@ -45,6 +45,7 @@ VIEWS = (
     "keys",
     "cache_stats",
     "prewarm_stats",
+    "spend",
 )
 
 
@@ -73,6 +74,7 @@ def test_producer_calls_functions_and_reads_nothing(login: Callable[[str], str])
         assert app.execute("SELECT jobdaemon.cancel_order(%s)", [row[0]]).fetchone() == ("cancelled",)
         app.execute("SELECT jobdaemon.pause_queue('upload')")
         assert app.execute("SELECT created FROM jobdaemon.prewarm(%s)", [SOURCE]).fetchone() == (True,)
+        assert app.execute("SELECT jobdaemon.clear_cache()").fetchone() == (0,)
         for call in ("pause_key('nobody', 'a')", "resume_key('nobody', 'a')"):
             with pytest.raises(psycopg.Error, match="unknown key"):
                 app.execute(f"SELECT jobdaemon.{call}".encode())
@@ -101,7 +103,14 @@ def test_reader_reads_views_only(login: Callable[[str], str]) -> None:
         for table in TABLES:
             with pytest.raises(errors.InsufficientPrivilege):
                 app.execute(f"SELECT * FROM jobdaemon.{table}".encode())
-        for call in (f"enqueue_order('Free', '{SOURCE}')", f"prewarm('{SOURCE}')", "pause_queue('upload')", "cancel_order(1)"):
+        calls = (
+            f"enqueue_order('Free', '{SOURCE}')",
+            f"prewarm('{SOURCE}')",
+            "pause_queue('upload')",
+            "cancel_order(1)",
+            "clear_cache()",
+        )
+        for call in calls:
             with pytest.raises(errors.InsufficientPrivilege):
                 app.execute(f"SELECT jobdaemon.{call}".encode())
         with pytest.raises(errors.InsufficientPrivilege):
@@ -142,6 +151,7 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         refused = Transition(job, End.SNOOZE, signal=Signal.KEY)
         assert len((await store.commit([refused], daemon_id=daemon_id)).news) == 1
         moment = timedelta(seconds=1)
+        assert await store.missing_keys() == []
         await store.cache.take("new", "a", 1, {1: "0" * 64}, hold=moment, ttl=moment)
         await store.cache.release(1, [1])
         await store.cache.forget(1)

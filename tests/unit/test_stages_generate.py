@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Image
 from jobdaemon.errors import (
     AnswerLostError,
     InvalidOrderError,
+    KeyMissingError,
     LeaseLostError,
     OrderEndedError,
     ProviderRefusedError,
@@ -27,7 +29,7 @@ from jobdaemon.errors import (
     StoreUnavailableError,
     UnsupportedFeatureError,
 )
-from jobdaemon.ports import ImageMade, ImageRefused, ProviderCall, Submitting, TaskAccepted, TaskOver
+from jobdaemon.ports import Charged, ImageMade, ImageRefused, ProviderCall, ProviderEvent, Submitting, TaskAccepted, TaskOver
 from jobdaemon.stages import arrivals, generate
 from jobdaemon.stages.generate import GenerateStage
 from tests.fakes import JPEG, FakeArtifacts, FakeAttempt, FakeOrders, FakeProvider, image_row, order_row
@@ -83,12 +85,16 @@ def _stage(orders: FakeOrders, provider: FakeProvider, store: FakeArtifacts | No
 
 
 async def test_images_are_noted_as_they_arrive() -> None:
-    """Task id first, then each image with its upload job: inline bytes into the store, URLs as they are."""
+    """
+    Task id first, then each image with its upload job: inline bytes into the store, URLs as they are. The call ends with its last
+    image: the order may end with that, and nothing is to be open then.
+    """
     orders, store = _orders(), FakeArtifacts({PHOTO.key: b"photo"})
     provider = FakeProvider([TaskAccepted("t1"), ImageMade(2, b"two", JPEG), None, ImageMade(1, url="https://p.example/1"), None])
     attempt = FakeAttempt(JOB, orders)
     assert await _stage(orders, provider, store).run(attempt) == Done(writes=(CallEnded(1, 9, "succeeded"),))
-    noted, second, first = attempt.checkpoints
+    noted, second, first, ended = attempt.checkpoints
+    assert ended == CallEnded(1, 9, "succeeded")
     assert noted == CallSubmitted(1, 9, "fake", (1, 2), "t1")
     assert isinstance(second, ImageGenerated)
     assert isinstance(first, ImageGenerated)
@@ -482,3 +488,66 @@ async def test_an_attempt_that_is_cut_short_notes_what_is_stored() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert [image.status for image in orders.images] == ["generated", "pending"]
+
+
+ELSEWHERE = replace(OPEN_CALL, key="b")
+
+
+async def test_a_call_made_with_another_daemons_key_is_not_asked_for_here() -> None:
+    """This daemon would only be refused: nothing is asked, noted or bought, and the job is for who has the key."""
+    provider, orders = FakeProvider([Submitting()]), _orders(call=ELSEWHERE)
+    attempt = FakeAttempt(replace(JOB, key_alias="a"), orders)
+    stage = GenerateStage(
+        orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, keys={"fake": ("a",)}
+    )
+    with pytest.raises(KeyMissingError, match="the key b"):
+        await stage.run(attempt)
+    assert (provider.requests, attempt.checkpoints) == ([], [])
+
+
+async def test_a_key_that_nobody_has_any_more_gives_way_to_the_attempts_own() -> None:
+    """Its task is asked for with the key that the job was dealt."""
+    provider = FakeProvider([ImageMade(1, b"one", JPEG), ImageMade(2, b"two", JPEG)])
+    orders = _orders(call=replace(ELSEWHERE, is_key_known=False))
+    stage = GenerateStage(
+        orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, keys={"fake": ("a",)}
+    )
+    await stage.run(FakeAttempt(replace(JOB, key_alias="a"), orders))
+    assert provider.requests[0].resume == replace(ELSEWHERE, key="a", is_key_known=False)
+
+
+async def test_a_lost_submit_under_another_daemons_key_is_for_its_provider_to_judge() -> None:
+    """Where nobody can be asked what became of it, the key is not needed: it is closed as unknown and bought anew."""
+    provider = FakeProvider([Submitting(), ImageMade(1, b"one", JPEG), ImageMade(2, b"two", JPEG)])
+    orders = _orders(call=replace(ELSEWHERE, task_id=None))
+    stage = GenerateStage(
+        orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, keys={"fake": ("a",)}
+    )
+    attempt = FakeAttempt(replace(JOB, key_alias="a"), orders)
+    await stage.run(attempt)
+    assert attempt.checkpoints[:2] == [CallEnded(1, 9, "unknown"), CallSubmitted(1, 9, "fake", (1, 2), None, "a")]
+
+
+async def test_what_a_call_costs_is_noted() -> None:
+    """Its price with the submit; with the end what the provider charges for, image or not, and its own words."""
+    usage = {"total_tokens": 100}
+    provider = FakeProvider([Submitting(), Charged(3, usage), ImageMade(1, b"one", JPEG), ImageMade(2, b"two", JPEG)])
+    orders = _orders()
+    attempt = FakeAttempt(JOB, orders)
+    stage = GenerateStage(
+        orders=orders, store=FakeArtifacts(), providers={"fake": provider}, max_photo_bytes=100, prices={"fake": Decimal("0.04")}
+    )
+    done = await stage.run(attempt)
+    assert attempt.checkpoints[0] == CallSubmitted(1, 9, "fake", (1, 2), price=Decimal("0.04"))
+    assert done.writes[-1] == CallEnded(1, 9, "succeeded", made=3, usage=usage)
+
+
+async def test_each_call_of_an_attempt_costs_its_own() -> None:
+    """What one was charged for is not said of the next."""
+    script: list[ProviderEvent | Exception | None]
+    script = [Submitting(), Charged(1), ImageMade(1, b"one", JPEG), None, Submitting(), ProviderUnavailableError("down")]
+    attempt = FakeAttempt(JOB, orders := _orders())
+    with pytest.raises(ProviderUnavailableError):
+        await _stage(orders, FakeProvider(script)).run(attempt)
+    ends = [write for write in attempt.checkpoints if isinstance(write, CallEnded)]
+    assert ends == [CallEnded(1, 9, "partial", made=1), CallEnded(1, 9, "partial")]

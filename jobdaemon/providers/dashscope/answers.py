@@ -16,7 +16,7 @@ from typing import Any
 
 from jobdaemon.errors import ProviderUnavailableError
 from jobdaemon.http import Answer
-from jobdaemon.ports import ImageMade, ImageRefused
+from jobdaemon.ports import Charged, ImageMade, ImageRefused
 from jobdaemon.providers.wire import Kind, error_of, kind_of_status
 from jobdaemon.redact import MASK, redact
 
@@ -82,6 +82,8 @@ _REQUEST_ID = re.compile(r"[\w.:-]{1,80}")
 _PLAIN_OSS = re.compile(r"\Ahttp://([\w.-]+\.aliyuncs\.com/)")
 _MAX_URL_CHARACTERS = 8_192
 _MAX_TASK_ID_CHARACTERS = 200
+#: No call makes more; a larger count is none.
+_MOST_IMAGES = 1_000
 
 
 def kind_of(code: str, message: str, status: int | None, *, is_submit: bool = False) -> Kind:
@@ -177,6 +179,20 @@ def output_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """``output``, empty when there is none."""
     output = body.get("output")
     return output if isinstance(output, dict) else {}
+
+
+def charged_in(body: Mapping[str, Any], made: int) -> Charged:
+    """
+    What an answer says of what it costs; only images that were made are charged for.
+
+    Args:
+        made: how many it holds, in case it does not say.
+    """
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, dict) and usage else None
+    count = None if usage is None else usage.get("image_count")
+    is_count = isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= _MOST_IMAGES
+    return Charged(count if is_count and count is not None else made, usage)
 
 
 def prompts_of(output: Mapping[str, Any]) -> set[str]:

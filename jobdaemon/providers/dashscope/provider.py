@@ -19,10 +19,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from jobdaemon.errors import KeyRefusedError, ProviderRefusedError, ProviderUnavailableError, SettingsError
+from jobdaemon.errors import KeyMissingError, ProviderRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.ports import (
     GenerateRequest,
+    ImageMade,
     OnUnknownSubmit,
     PhotoLinks,
     ProviderCall,
@@ -117,7 +118,9 @@ class DashScopeProvider:
             if not self._route.is_async:
                 if not (output := answers.output_of(told)):
                     raise answers.unreadable(answer, "an output", secret=secret)
-                for event in answers.images_of(output, indexes, submitted_at + _LIFETIME, secret=secret):
+                made = list(answers.images_of(output, indexes, submitted_at + _LIFETIME, secret=secret))
+                yield answers.charged_in(told, sum(isinstance(event, ImageMade) for event in made))
+                for event in made:
                     yield event
                 continue
             task_id = answers.task_id_of(told)
@@ -152,7 +155,7 @@ class DashScopeProvider:
 
         async def ask() -> str | None:
             for task_id in tuple(left):
-                output = await self._task(task_id, secret)
+                output = answers.output_of(await self._task(task_id, secret))
                 if output["task_status"] in answers.ENDED:
                     left.remove(task_id)
                     if prompt in answers.prompts_of(output):
@@ -181,7 +184,7 @@ class DashScopeProvider:
         if alias is None:
             return next(iter(self._keys.values()))
         if alias not in self._keys:
-            raise KeyRefusedError(f"{self.name} has no key {alias} on this daemon")
+            raise KeyMissingError(f"this daemon does not have the key {alias} of {self.name}")
         return self._keys[alias]
 
     def _body(self, request: GenerateRequest, images: Sequence[tuple[int, int]], photo: str | None) -> dict[str, Any]:
@@ -215,19 +218,22 @@ class DashScopeProvider:
         """Wait for the task's end: what it came to, and the error to raise after that."""
 
         async def ask() -> Mapping[str, Any] | None:
-            output = await self._task(task_id, secret)
-            return output if output["task_status"] in answers.ENDED else None
+            body = await self._task(task_id, secret)
+            return body if answers.output_of(body)["task_status"] in answers.ENDED else None
 
         settings = self._settings
-        output = await polled(ask, every=settings.poll, patience=settings.task_timeout, what=f"{self.name}: task {task_id}")
-        events: list[ProviderEvent] = [*answers.images_of(output, indexes, submitted_at + _LIFETIME, secret=secret)]
+        body = await polled(ask, every=settings.poll, patience=settings.task_timeout, what=f"{self.name}: task {task_id}")
+        output = answers.output_of(body)
+        images = list(answers.images_of(output, indexes, submitted_at + _LIFETIME, secret=secret))
+        charged = answers.charged_in(body, sum(isinstance(event, ImageMade) for event in images))
+        events: list[ProviderEvent] = [charged, *images]
         if output["task_status"] == "SUCCEEDED":
             return events, None
         return [*events, TaskOver()], answers.failure_of(task_id, output, secret=secret)
 
     async def _task(self, task_id: str, secret: str) -> Mapping[str, Any]:
         """
-        A task's ``output``, which has a ``task_status``.
+        What is said of a task; its ``output`` has a ``task_status``.
 
         Raises:
             RetryableError: and nothing else: what is wrong with a question says nothing of the task.
@@ -239,7 +245,7 @@ class DashScopeProvider:
         output = answers.output_of(body)
         if not isinstance(output.get("task_status"), str):
             raise ProviderUnavailableError(f"{self.name}: an answer without a status of task {task_id}")
-        return output
+        return body
 
     async def _tasks_near(self, moment: datetime, secret: str) -> list[str]:
         """Ids of this model's tasks that may have been made at *moment*, the nearest ones first."""

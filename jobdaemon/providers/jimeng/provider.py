@@ -18,9 +18,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from jobdaemon.errors import KeyRefusedError, ProviderRefusedError, ProviderUnavailableError, SettingsError
+from jobdaemon.errors import KeyMissingError, ProviderRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
+    Charged,
     GenerateRequest,
     ImageMade,
     ImageRefused,
@@ -171,7 +172,7 @@ class JimengProvider:
         if alias is None:
             return next(iter(self._keys.values()))
         if alias not in self._keys:
-            raise KeyRefusedError(f"{self.name} has no key {alias} on this daemon")
+            raise KeyMissingError(f"this daemon does not have the key {alias} of {self.name}")
         return self._keys[alias]
 
     async def _photo(self, request: GenerateRequest) -> Mapping[str, Any]:
@@ -246,6 +247,7 @@ class JimengProvider:
             yield ImageRefused(images[0], str(end.error))
             return
         broken = end.error
+        yield Charged(len(end.images))
         expires_at = self._clock() + _LINK_LIFETIME
         for index, image in zip(images, end.images, strict=False):
             try:

@@ -6,8 +6,8 @@
 WITH worker AS (
     INSERT INTO jobdaemon.procrastinate_workers (lease) VALUES ($6::float8 * interval '1 second') RETURNING id
 )
-INSERT INTO jobdaemon.daemons (id, host, pid, version, queues, status)
-SELECT id, $1, $2, $3, $4::jsonb,
+INSERT INTO jobdaemon.daemons (id, host, pid, version, queues, keys, status)
+SELECT id, $1, $2, $3, $4::jsonb, $7::jsonb,
     CASE WHEN EXISTS (SELECT FROM jobdaemon.daemons d WHERE d.id = $5 AND d.status = 'draining') THEN 'draining' ELSE 'running' END
 FROM worker
 RETURNING id;
@@ -84,6 +84,14 @@ SELECT promoted, CASE WHEN next_due < clock_timestamp() + interval '1 day'
         WHERE EXISTS (SELECT FROM jobdaemon.orders o WHERE o.plan = p.name AND o.finished_at IS NULL AND o.lifted_at IS NULL
             AND NOT o.prioritized AND o.waits_from <= now() - p.lift_after)) AS has_overdue
 FROM jobdaemon.promote_jobs($1);
+
+-- name: missing_keys
+-- Keys with which something was bought that waits to be collected, and that no running daemon has; and how many jobs wait so.
+SELECT k.provider, k.alias, k.jobs FROM (
+    SELECT substr(j.queue_name, length('generate.') + 1) AS provider, j.key_alias AS alias, count(*) AS jobs
+    FROM jobdaemon.procrastinate_jobs j
+    WHERE j.status = 'todo' AND j.key_alias IS NOT NULL AND j.queue_name LIKE 'generate.%' GROUP BY 1, 2) AS k
+WHERE NOT jobdaemon.key_is_held(k.provider, k.alias) ORDER BY 1, 2;
 
 -- name: wake_queues
 -- Slots were freed that this daemon will not use.

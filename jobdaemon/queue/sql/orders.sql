@@ -35,11 +35,11 @@ INSERT INTO jobdaemon.prewarmed (photo, backend, artifact, sha256, bytes, media_
 SELECT m.*, now() FROM made m WHERE m.artifact NOT IN (SELECT k.artifact FROM kept k);
 
 -- name: call_submitted
--- {order_id, job_id, batch, provider, images, task_id, key}: one row per call; a job has one open call at most.
-INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, images, external_task_id, key_alias)
-SELECT w.order_id, w.job_id, w.batch, w.provider, w.images, w.task_id, w.key
+-- {order_id, job_id, batch, provider, images, task_id, key, price}: one row per call; a job has one open call at most.
+INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, images, external_task_id, key_alias, price)
+SELECT w.order_id, w.job_id, w.batch, w.provider, w.images, w.task_id, w.key, w.price
 FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, batch integer, provider text, images integer[],
-    task_id text, key text)
+    task_id text, key text, price numeric)
 WHERE NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = w.job_id AND c.outcome IS NULL)
 RETURNING order_id;
 
@@ -51,11 +51,19 @@ WHERE c.job_id = w.job_id AND c.outcome IS NULL
 RETURNING c.order_id;
 
 -- name: call_ended
--- {order_id, job_id, outcome, call_id}: the job's open call, or the one that is named; only what was fetched before can expire.
-UPDATE jobdaemon.provider_calls c SET outcome = w.outcome, finished_at = coalesce(c.finished_at, now())
-FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, outcome text, call_id bigint)
-WHERE CASE WHEN w.call_id IS NULL THEN c.job_id = w.job_id AND c.outcome IS NULL
-    ELSE c.id = w.call_id AND (c.outcome IS NULL OR w.outcome = 'expired') END
+-- {order_id, job_id, outcome, call_id, made, usage}: the job's open call, or the one that is named; only what was fetched before can
+-- expire. It costs what the provider made, or else what has arrived; what became of a lost one nobody knows.
+WITH ended AS (
+    SELECT c.id, w.outcome, w.usage, coalesce(w.made, c.images_made, nullif(a.arrived, CASE w.outcome WHEN 'unknown' THEN 0 END)) AS made
+    FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, outcome text, call_id bigint, made integer, usage jsonb)
+    JOIN jobdaemon.provider_calls c ON CASE WHEN w.call_id IS NULL THEN c.job_id = w.job_id AND c.outcome IS NULL
+        ELSE c.id = w.call_id AND (c.outcome IS NULL OR w.outcome = 'expired') END
+    CROSS JOIN LATERAL (SELECT count(*)::integer AS arrived FROM jobdaemon.images i
+        WHERE i.order_id = c.order_id AND i.call_id = c.id) AS a
+)
+UPDATE jobdaemon.provider_calls c SET outcome = e.outcome, finished_at = coalesce(c.finished_at, now()), images_made = e.made,
+    cost = c.price * e.made, usage = coalesce(e.usage, c.usage)
+FROM ended e WHERE c.id = e.id
 RETURNING c.order_id;
 
 -- name: image_generated
@@ -210,13 +218,15 @@ FROM jobdaemon.images WHERE order_id = $1 AND index = $2;
 
 -- name: open_call
 -- The newest call of this job that is not known to have ended.
-SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls
+SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
+FROM jobdaemon.provider_calls
 WHERE job_id = $1 AND outcome IS NULL
 ORDER BY id DESC LIMIT 1;
 
 -- name: unfinished_call
 -- A call whose end is unknown.
-SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls WHERE id = $1 AND outcome IS NULL;
+SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
+FROM jobdaemon.provider_calls WHERE id = $1 AND outcome IS NULL;
 
 -- name: pending_images
 -- What is still to be made of these (locked) orders.
@@ -243,5 +253,6 @@ ORDER BY o.id FOR UPDATE SKIP LOCKED;
 
 -- name: collectable_call
 -- A call that ended well, whose results may be fetched once more.
-SELECT id, external_task_id, images, key_alias, submitted_at FROM jobdaemon.provider_calls
+SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
+FROM jobdaemon.provider_calls
 WHERE id = $1 AND external_task_id IS NOT NULL AND coalesce(outcome, 'succeeded') IN ('succeeded', 'partial');
