@@ -124,7 +124,8 @@ async def test_sleep_of_the_machine_stops_paid_calls(
 
 def test_the_clock_of_a_lease_counts_sleep() -> None:
     """Where the system has a clock that goes on while the machine sleeps, that is the one."""
-    assert sys.platform == "linux"
+    if sys.platform != "linux":
+        pytest.skip("Python names that clock on Linux only")
     before = time.clock_gettime(time.CLOCK_BOOTTIME)
     assert before <= heartbeat.elapsed_s() <= time.clock_gettime(time.CLOCK_BOOTTIME)
 

@@ -76,13 +76,14 @@ async def test_a_killed_daemons_job_is_free_in_time(engine_database: str, job_fa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_a_killed_daemons_job_is_free_within_20_seconds(engine_database: str, job_factory: Jobs, sql: Sql) -> None:
     """With the defaults a rescue comes within 20 s of a death, whenever that is between two heartbeats, with time to spare."""
     defaults = EngineSettings()
     engine = EngineRules(defaults.heartbeat, defaults.lease, defaults.poll, defaults.stop_grace)
     taken_s: dict[float, float] = {}
     async with running_daemon(engine_database, Stages(), engine=engine, team_size=0):
-        for phase in (0.0, 0.2, 0.5, 0.8, 0.0):
+        for phase in (0.0, 0.3, 0.7, 0.0):
             taken = await rescue_time(engine_database, sql, job_factory, engine, phase=phase)
             taken_s[phase] = max(taken, taken_s.get(phase, 0.0))
     print({phase: f"{seconds:.2f} s" for phase, seconds in taken_s.items()})  # noqa: T201 - shown by pytest -rP
