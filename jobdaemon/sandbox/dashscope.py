@@ -232,7 +232,7 @@ class _Api:
         if page is not None:
             return page
         try:
-            await self._shop.work(fault)
+            await self._shop.work(fault, size=wish.size)
             entries = self._entries(wish, fault)
             await _cut(request, fault)
         finally:

@@ -184,7 +184,7 @@ class _Api:
         task.timer = None
         self._shop.end(API, task.key)
         if task.code is None and not task.has_expired:
-            task.files = self._shop.buy(API, task.wish.prompt, task.count)
+            task.files = self._shop.buy(API, task.wish.prompt, task.count, size=task.wish.size)
 
     # Result and cancel
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,12 +67,14 @@ class Wish:
 
     Attributes:
         count: images that come of it.
+        size: their width and height, where it says so.
         gives_links: where links are asked for.
     """
 
     req_key: str
     prompt: str
     count: int
+    size: tuple[int, int] | None
     gives_links: bool
 
 
@@ -88,7 +91,7 @@ async def read_wish(body: Mapping[str, Any]) -> Wish:
     if not isinstance(prompt, str) or not prompt or len(prompt) > _MAX_PROMPT_CHARACTERS:
         raise WishError("prompt is invalid")
     photos = await _photos(body, rules)
-    _judge_size(body, rules)
+    asked_size = _size(body, rules)
     low, high = rules.scale
     if not _is_number(body.get("scale", low)) or not low <= body.get("scale", low) <= high:
         raise WishError("scale is invalid")
@@ -97,7 +100,7 @@ async def read_wish(body: Mapping[str, Any]) -> Wish:
         raise WishError("force_single is invalid")
     asked = _COUNT.search(prompt)
     count = 1 if rules.is_single or is_single or asked is None else int(asked[1])
-    return Wish(req_key, prompt, max(1, min(count, _MAX_PICTURES - photos)), req_key not in _INLINE_RESULTS)
+    return Wish(req_key, prompt, max(1, min(count, _MAX_PICTURES - photos)), asked_size, req_key not in _INLINE_RESULTS)
 
 
 async def _photos(body: Mapping[str, Any], rules: _Rules) -> int:
@@ -138,18 +141,20 @@ def _judge_photo(content: bytes) -> None:
         raise WishError("the ratio of the input image is invalid")
 
 
-def _judge_size(body: Mapping[str, Any], rules: _Rules) -> None:
+def _size(body: Mapping[str, Any], rules: _Rules) -> tuple[int, int] | None:
+    """Width and height; an area alone is that of a square."""
     width, height = body.get("width"), body.get("height")
     if width is None and height is None:
         size = body.get("size")
         if size is not None and (not _is_number(size) or rules.areas is None or not rules.areas[0] <= size <= rules.areas[1]):
             raise WishError("size is invalid")
-        return
+        return None if size is None else (math.isqrt(int(size)),) * 2
     low, high = rules.sides
     if not isinstance(width, int) or not isinstance(height, int) or not (low <= width <= high and low <= height <= high):
         raise WishError("width and height are invalid")
     if not 1 / 3 <= width / height <= 3 or (rules.areas and not rules.areas[0] <= width * height <= rules.areas[1]):
         raise WishError("width and height are invalid")
+    return width, height
 
 
 def _is_number(value: object) -> bool:

@@ -40,6 +40,8 @@ _SIZES = {
     "dall-e-3": ("1024x1024", "1792x1024", "1024x1792"),
     "gpt-image-1": ("1024x1024", "1536x1024", "1024x1536", "auto"),
 }
+#: Sides in pixels; gateways take ratios such as 2x3, too.
+_SIDES = re.compile(r"([1-9]\d{2,4})x([1-9]\d{2,4})")
 _FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 _PHOTO_BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 
@@ -68,6 +70,12 @@ class _Wish:
     output_format: str
     as_url: bool
     is_chat: bool = False
+
+    @property
+    def size_px(self) -> tuple[int, int] | None:
+        """Width and height; None where the size is left open, or told by its ratio."""
+        sides = _SIDES.fullmatch(self.size)
+        return None if sides is None else (int(sides[1]), int(sides[2]))
 
     @property
     def is_gpt(self) -> bool:
@@ -150,14 +158,15 @@ class _Api:
                 raise ApiError(400, told, kind="image_generation_user_error", code="moderation_blocked")
             case Fault.RESET:
                 await asyncio.sleep(shop.behaviour.latency_s / 2)
-                shop.buy(API, wish.prompt, wish.count)
+                shop.buy(API, wish.prompt, wish.count, size=wish.size_px)
                 if request.transport is not None:
                     request.transport.abort()
                 return web.Response()
-        await shop.work(fault, began_at=began_at)
+        await shop.work(fault, began_at=began_at, size=wish.size_px)
         if fault is Fault.ERROR:
             raise ApiError(500, "The server had an error while processing your request.", kind="server_error")
-        files = shop.buy(API, wish.prompt, wish.count // 2 if fault is Fault.PARTIAL else wish.count)
+        count = wish.count // 2 if fault is Fault.PARTIAL else wish.count
+        files = shop.buy(API, wish.prompt, count, size=wish.size_px)
         if fault is Fault.TIMEOUT:
             await asyncio.Event().wait()  # until the caller is gone
         return files

@@ -42,6 +42,9 @@ _MAX_FILES = 5_000
 #: The text chunk of every PNG that holds its number.
 NUMBER_KEYWORD = "Number"
 _COLOUR = (186, 151, 120)
+#: Sides of an image when nothing says them, and when they are more than anybody draws here.
+_IMAGE_PX = (512, 768)
+_MAX_PIXELS = 4096 * 4096
 #: Signature and IHDR: text chunks may follow.
 _PNG_HEADER_BYTES = 8 + 25
 
@@ -55,7 +58,7 @@ class Behaviour:
         latency_s: how long a call (or the work of a task) takes.
         concurrency: most calls of one queue or key under way at once, more are refused; None is no limit.
         qps: most calls of one queue or key begun within any second; None is no limit.
-        image_px: the sides of the images made, width and height.
+        image_px: the sides of the images made, width and height, whatever a call asks for; None makes them as they are asked for.
         image_bytes: images are made about this large; None leaves them as small as they are.
     """
 
@@ -63,7 +66,7 @@ class Behaviour:
     concurrency: int | None = None
     qps: float | None = None
     faults: Faults = field(default_factory=Faults)
-    image_px: tuple[int, int] = (512, 768)
+    image_px: tuple[int, int] | None = None
     image_bytes: int | None = None
 
 
@@ -181,16 +184,19 @@ class Shop:
             self.account(api, key).faults[str(fault)] += 1
         return fault
 
-    async def work(self, fault: Fault | None = None, *, began_at: float | None = None) -> None:
+    async def work(
+        self, fault: Fault | None = None, *, began_at: float | None = None, size: tuple[int, int] | None = None
+    ) -> None:
         """
         Take as long as making images takes.
 
         Args:
+            size: as for :meth:`buy`.
             began_at: by the event loop's clock, when the call came in: what we did since is part of its time.
         """
         loop = asyncio.get_running_loop()
         over_at = (loop.time() if began_at is None else began_at) + self.work_s(fault)
-        await asyncio.to_thread(_drawn, self.behaviour.image_px, self.behaviour.image_bytes)
+        await asyncio.to_thread(_drawn, self._size(size), self.behaviour.image_bytes)
         await asyncio.sleep(max(0.0, over_at - loop.time()))
 
     def work_s(self, fault: Fault | None = None) -> float:
@@ -208,11 +214,16 @@ class Shop:
         *count* images of *prompt* now cost money.
 
         Args:
-            size: width and height in pixels; the behaviour's when None.
+            size: width and height in pixels that the call asks for; None when it leaves them open.
         """
         self._bought.setdefault(api, Counter())[prompt_digest(prompt)] += count
         self._money[api] += round(price * count * 10_000)
-        return [self._file(api, size or self.behaviour.image_px) for _ in range(count)]
+        return [self._file(api, self._size(size)) for _ in range(count)]
+
+    def _size(self, asked: tuple[int, int] | None) -> tuple[int, int]:
+        if self.behaviour.image_px is not None:
+            return self.behaviour.image_px
+        return asked if asked is not None and asked[0] * asked[1] <= _MAX_PIXELS else _IMAGE_PX
 
     def _file(self, api: str, size: tuple[int, int]) -> File:
         number = next(self._numbers)

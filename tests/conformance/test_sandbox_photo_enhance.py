@@ -64,7 +64,7 @@ async def over(client: httpx.AsyncClient, path: str) -> list[dict[str, Any]]:
 
 async def test_a_photo_comes_back_four_times_as_wide(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
     """A task is queued, worked on and completed; its JPEG is larger than the photo, whatever its name says."""
-    sandbox.behaviour.latency_s = 0.3
+    sandbox.behaviour.latency_s = 0.6
     blocker = (await upload(client)).json()["task_id"]
     accepted = (await upload(client, file=part(photo(100, "PNG"), "in.png", "image/png"))).json()
     assert accepted["status"] == "queued"
@@ -72,9 +72,12 @@ async def test_a_photo_comes_back_four_times_as_wide(client: httpx.AsyncClient, 
     early = await client.get(f"api/v1/download/{accepted['task_id']}")
     assert (early.status_code, early.json()["detail"]) == (400, "Task not completed. Current status: queued")
     seen = await over(client, f"api/v1/status/{accepted['task_id']}")
-    assert [body["status"] for body in seen] == ["queued", "processing", "processing", "completed"]
-    assert [body["progress"] for body in seen] == [0.0, 0.1, 0.3, 1.0]
-    assert [body["result_url"] for body in seen] == [None, None, None, f"/api/v1/download/{accepted['task_id']}"]
+    told_of = {0.0: "queued", 0.1: "processing", 0.3: "processing", 1.0: "completed"}
+    assert [body["status"] for body in seen] == [told_of[body["progress"]] for body in seen]
+    assert [body["progress"] for body in seen] == sorted({body["progress"] for body in seen})
+    assert len(seen) >= 3  # a machine out of breath may miss one
+    assert {body["result_url"] for body in seen[:-1]} == {None}
+    assert seen[-1]["result_url"] == f"/api/v1/download/{accepted['task_id']}"
     answer = await client.get(f"api/v1/download/{accepted['task_id']}")
     assert answer.headers["content-type"] == "image/jpeg"
     assert 'filename="in_enhanced.png"' in answer.headers["content-disposition"]
@@ -155,7 +158,7 @@ async def test_a_restart_forgets_all_tasks(client: httpx.AsyncClient, sandbox: S
 
 async def test_a_blocking_server_answers_nothing_while_it_works(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
     """Status and health hang until the photo is done, so that processing is never seen."""
-    sandbox.behaviour.latency_s = 0.4
+    sandbox.behaviour.latency_s = 1.5
     client.base_url = httpx.URL(str(client.base_url).replace("/one/", "/blocking/"))
     task_id = (await upload(client)).json()["task_id"]
     await asyncio.sleep(0)
@@ -174,8 +177,9 @@ async def test_a_task_that_is_deleted_is_gone(client: httpx.AsyncClient) -> None
     assert (await client.get("api/v1/tasks")).json() == {"total_tasks": 0, "tasks": []}
 
 
-async def test_a_batch_with_a_bad_photo_is_partly_completed(client: httpx.AsyncClient) -> None:
+async def test_a_batch_with_a_bad_photo_is_partly_completed(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
     """Every photo is a task without a link of its own; the archive holds what was made, one of each name."""
+    sandbox.behaviour.latency_s = 0.4
     names = ("a.jpg", "b.jpg", "a.jpg")
     contents = (photo(90), b"no picture", photo(120))
     batch_of = [("files", part(content, name)) for name, content in zip(names, contents, strict=True)]
@@ -212,7 +216,7 @@ async def test_deleting_a_task_of_a_batch_empties_the_server(client: httpx.Async
 
 async def test_calls_are_counted(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
     """Calls, tasks, photos sent again, and the most that were open at once; above the concurrency a proxy answers 429."""
-    sandbox.behaviour.concurrency = 2
+    sandbox.behaviour.concurrency, sandbox.behaviour.latency_s = 2, 60
     answers = [await upload(client, file=part(photo(shade))) for shade in (10, 10, 20)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[2].headers["retry-after"] == "1"

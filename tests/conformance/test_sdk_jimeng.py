@@ -105,6 +105,19 @@ async def test_without_options_images_come_inline(sdk: Sdk) -> None:
     assert (await sdk.done(task_id))[1] == data
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({"width": 1104, "height": 1472}, (1104, 1472)), ({"size": 1_440_000}, (1200, 1200)), ({}, (512, 768))],
+)
+async def test_images_have_the_size_that_was_asked_for(
+    sdk: Sdk, sandbox: Sandbox, asked: dict[str, int], expected: tuple[int, int]
+) -> None:
+    """Width and height, or an area, which is a square's."""
+    sandbox.behaviour.image_px = None
+    _, data = await sdk.done(await sdk.task(**asked))
+    assert size_of(base64.b64decode(data["binary_data_base64"][0])) == expected
+
+
 async def test_the_prompt_decides_how_many_come(sdk: Sdk, sandbox: Sandbox) -> None:
     """Not held to one, a call makes as many as its prompt says, and each costs."""
     task_id = await sdk.task(prompt="生成一组3张图片", force_single=False)

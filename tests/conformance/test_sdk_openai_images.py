@@ -63,6 +63,26 @@ async def test_gpt_models_give_base64_and_usage(sdk: openai.AsyncOpenAI, sandbox
     assert sandbox.report()["apis"][API]["images_bought"] == 6
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "expected"),
+    [
+        ("gpt-image-2", "1024x1536", (1024, 1536)),
+        ("gpt-image-2", "auto", (512, 768)),
+        ("some-gateway", "640x480", (640, 480)),
+        ("some-gateway", "2x3", (512, 768)),
+        ("some-gateway", "99999x99999", (512, 768)),
+    ],
+)
+async def test_images_have_the_size_that_was_asked_for(
+    sdk: openai.AsyncOpenAI, sandbox: Sandbox, model: str, size: str, expected: tuple[int, int]
+) -> None:
+    """In pixels where it is told so; a ratio or "auto" leaves it to the sandbox, which draws nothing enormous."""
+    sandbox.behaviour.image_px = None
+    as_text = {} if model.startswith("gpt") else {"response_format": "b64_json"}
+    answer = await sdk.images.generate(model=model, prompt=PROMPT, size=size, **as_text)  # type: ignore[call-overload]
+    assert kind_of(base64.b64decode(answer.data[0].b64_json))[1] == expected
+
+
 async def test_older_models_give_links(sdk: openai.AsyncOpenAI, sandbox: Sandbox) -> None:
     """Models with response_format give a link that can be fetched, or base64."""
     linked = await sdk.images.generate(model="dall-e-3", prompt=PROMPT, size="1024x1792", response_format="url")

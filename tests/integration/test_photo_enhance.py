@@ -275,7 +275,8 @@ async def test_a_silent_service_is_at_work(
     backend: PhotoEnhanceBackend, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Questions that get no answer, or that a gateway gave up on, are asked again, however many; the photo is sent once."""
-    monkeypatch.setattr(photo_enhance, "_PATIENCE", timedelta(milliseconds=100))
+    monkeypatch.setattr(photo_enhance, "_PATIENCE", timedelta(milliseconds=200))
+    service.answers[DOWNLOAD] = [sends(restored(PHOTO))]
     service.answers[STATUS] = [*[says_nothing] * 6, *[sends(b"", status=504)] * 6, service.work]
     assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
     assert len(service.uploads) == 1
