@@ -126,3 +126,43 @@ def test_a_child_without_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--channel", "0", "--memory", "0", "--parent", "0", "--batch", "1", "--weights", "x.pth", "--device", "cuda"]
     with pytest.raises(child.LacksDeviceError, match="torch, which is not installed"):
         child.load_network(child._parsed(arguments))
+
+
+MEMORY = """
+import asyncio, sys
+from pathlib import Path
+from jobdaemon.backends.gfpgan.backend import GfpganBackend, GfpganRules
+
+def kib(pid, name):
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+async def main():
+    photo = Path(sys.argv[1]).read_bytes()
+    backend = GfpganBackend(GfpganRules(Path(sys.argv[2]), sys.argv[3], device="cpu"))
+    await backend.start()
+    while backend._restorer._life is None:
+        await asyncio.sleep(0.01)
+    child = backend._restorer._life.pid
+    model = kib(child, "VmRSS")
+    result = await backend.beautify(photo, strength=0.7)
+    assert (result.faces, result.width) == (1, 8000), result
+    print(kib("self", "VmHWM"), kib(child, "VmHWM") - model)
+    await backend.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_photo_of_48_megapixels_fits(narrow_weights: Weights, tmp_path: Path) -> None:
+    """Daemon and child together stay below 1.5 GB beside what the child holds without a photo."""
+    photo = tmp_path / "large.jpg"
+    with Image.open(io.BytesIO(PORTRAIT)) as image:
+        image.convert("RGB").resize((8000, 6000), Image.Resampling.BICUBIC).save(photo, quality=92)
+    command = [sys.executable, "-c", MEMORY, str(photo), str(narrow_weights.path), narrow_weights.sha256]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    daemon_kib, child_kib = map(int, ended.stdout.split())
+    print(f"daemon {daemon_kib / 1024:.0f} MiB, child {child_kib / 1024:.0f} MiB beside its model")  # noqa: T201 - to report
+    assert (daemon_kib + child_kib) * 1024 < 1.5e9

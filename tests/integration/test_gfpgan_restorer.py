@@ -156,11 +156,14 @@ async def test_a_child_that_cannot_come_back_puts_off(journal: Path, monkeypatch
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(PutOffError):
             await made.restore([crop(20)])
-        async with asyncio.timeout(0.5):
+        with pytest.raises(PutOffError):
+            made.require_device()
+        async with asyncio.timeout(5):  # far less than the patience of a start
             with pytest.raises(PutOffError):
                 await made.restore([crop(20)])
         made._command = sound
         await is_up(made)
+        made.require_device()
         assert came_out([crop(20)], await made.restore([crop(20)]))
 
 

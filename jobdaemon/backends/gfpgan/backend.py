@@ -31,8 +31,8 @@ from jobdaemon.ports import BeautifiedPhoto
 JPEG_QUALITY = 95
 #: Faces of one photo that are held at once, about 6 MB each while they are put back.
 _FACES_AT_ONCE = 32
-#: Crops that the child is given at once.
-_BATCH_ON_CPU, _BATCH_ON_DEVICE = 1, 16
+#: Crops that the child is given at once; of two batches a device computes one while the other is on its way.
+_BATCH_ON_CPU, _BATCH_ON_DEVICE = 1, 32
 _T = TypeVar("_T")
 
 
@@ -64,14 +64,16 @@ class GfpganRules:
     @property
     def crops_at_once(self) -> int:
         """Size of a slot."""
-        return self.batch or (_BATCH_ON_CPU if self.device == "cpu" else _BATCH_ON_DEVICE)
+        if self.device == "cpu":
+            return self.batch or _BATCH_ON_CPU
+        return 2 * self.batch if self.batch else _BATCH_ON_DEVICE
 
     def command(self) -> list[str]:
         """What starts the child."""
         command = [*CHILD, "--weights", str(self.weights), "--device", self.device]
         command += ["--sha256", self.sha256] if self.sha256 else []
         command += ["--dtype", self.dtype] if self.dtype else []
-        command += ["--fixed-batch"] if self.batch else []
+        command += ["--compute", str(self.batch)] if self.batch and self.device != "cpu" else []
         return command + (["--compile"] if self.compile else [])
 
 
@@ -141,6 +143,8 @@ class GfpganBackend:
         """Restore one photo's faces; faces too small for it, and all when *strength* is 0, are counted as unrestored."""
         if not 0.0 <= strength <= 1.0:
             raise ValueError(f"strength must lie between 0 and 1, not at {strength}")
+        if strength > 0:
+            self._restorer.require_device()  # before a second is spent on decoding
         work = await self._in_thread(lambda: self._opened(photo))
         if strength > 0:
             # The order of faces and groups is the same for every attempt, so the bytes are too.

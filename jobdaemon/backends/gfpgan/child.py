@@ -82,8 +82,7 @@ def load_network(wanted: argparse.Namespace) -> Network:
         sha256=wanted.sha256,
         device=wanted.device,
         dtype=wanted.dtype,
-        # Without a wish the network looks how much memory is free. A CPU gains nothing by computing several at once.
-        batch_size=wanted.batch if wanted.fixed_batch and wanted.device != "cpu" else None,
+        batch_size=wanted.compute,
         compile=wanted.compile,
     )
 
@@ -140,12 +139,12 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--channel", type=int, required=True)
     parser.add_argument("--memory", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True, help="crops that are handed over at once, at most")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--sha256")
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype")
-    parser.add_argument("--fixed-batch", action="store_true", help="compute as many at once, whatever memory is free")
+    parser.add_argument("--compute", type=int, help="crops computed at once, whatever memory is free")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args(arguments)
 

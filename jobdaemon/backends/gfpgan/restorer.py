@@ -40,6 +40,7 @@ _LONGEST_MEMORY_REST_S = 10.0
 #: A start takes some seconds: for so long crops wait for a device, then their attempts are put off.
 _PATIENCE_S = 60.0
 _PUT_OFF = timedelta(seconds=10)
+_NO_DEVICE = "there is nothing to restore faces with at the moment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,17 @@ class Restorer:
             for crop in mine:  # of a photo that failed or was cancelled nobody wants the rest
                 crop.restored.cancel()
 
+    def require_device(self) -> None:
+        """
+        Say at once what :meth:`restore` would say in the end.
+
+        Raises:
+            PutOffError: there is nothing to restore with, and has not been for a while.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._is_given_up(now) and (self._life is None or now < self._rest_until_s):
+            raise _put_off(_NO_DEVICE)
+
     async def close(self) -> None:
         """End the child; what waits is put off."""
         for task in self._tasks:
@@ -188,7 +200,7 @@ class Restorer:
                 self._begin(self._run(life, self._free_slots.pop(), batch))
                 continue
             if life is None and self._is_given_up(now):
-                self._turn_away("there is no device to restore faces with at the moment")
+                self._turn_away(_NO_DEVICE)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._look_again_s(now, is_up=life is not None)):
                     await self._changed.wait()
@@ -207,7 +219,7 @@ class Restorer:
     def _turn_away(self, why: str) -> None:
         for crop in self._waiting.take_all():
             if crop.is_wanted:
-                crop.restored.set_exception(PutOffError(f"The face was not restored: {why}.", retry_after=_PUT_OFF))
+                crop.restored.set_exception(_put_off(why))
 
     async def _run(self, life: RestorerProcess, slot: int, batch: list[Crop]) -> None:
         loop = asyncio.get_running_loop()
@@ -260,6 +272,10 @@ class Restorer:
 
     def _log(self, words: str, *, level: int = logging.INFO, **fields: object) -> None:
         logger.log(level, words, extra={"child": None if self._child is None else self._child.pid, **fields})
+
+
+def _put_off(why: str) -> PutOffError:
+    return PutOffError(f"No face was restored: {why}.", retry_after=_PUT_OFF)
 
 
 def _lay_out(slot: Pixels, batch: Sequence[Crop]) -> None:
