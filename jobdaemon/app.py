@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from jobdaemon.http import GuardedClient
     from jobdaemon.settings_generate import ProviderKeySettings
+    from jobdaemon.spool import Spool
 
 
 #: Between two tries to start an embedded server that died.
@@ -200,6 +202,14 @@ def open_store(settings: Settings) -> ArtifactStore:
     )
 
 
+def spools(settings: Settings) -> Callable[[], Spool]:
+    """Makes the files in which images lie while they are on their way."""
+    from jobdaemon.spool import Spool
+
+    # Not the system's folder for temporary files: that one is often in memory.
+    return partial(Spool, settings.data_dir / "spool")
+
+
 def open_backend(settings: Settings) -> BeautifyBackend:
     """
     The beautify backend.
@@ -276,7 +286,11 @@ def _openai_images_provider(settings: Settings, services: GuardedClient) -> Prov
 
     section = settings.generate.openai_images
     return OpenAIImagesProvider(
-        section, keys=_secrets(section.api_key, section.keys), client=services, max_image_bytes=settings.photos.result_max_bytes
+        section,
+        keys=_secrets(section.api_key, section.keys),
+        client=services,
+        max_image_bytes=settings.photos.result_max_bytes,
+        spool=spools(settings),
     )
 
 
@@ -417,6 +431,7 @@ def _with_cache(
             providers[name],
             store.cache,
             artifacts,
+            spool=spools(settings),
             settings=shaping,
             hold=settings.queue(generate_queue(name)).run_timeout,
             ttl=settings.cache.ttl,
@@ -493,15 +508,18 @@ def build_stages(
     photos = settings.photos
     result_limits = PhotoLimits(photos.result_max_bytes, photos.max_pixels)
 
-    async def fetch(url: str, max_bytes: int) -> bytes:
-        return (await client.download(url, max_bytes=max_bytes, timeout=photos.source_timeout)).content
+    async def fetch(url: str) -> bytes:
+        return (await client.download(url, max_bytes=photos.max_bytes, timeout=photos.source_timeout)).content
+
+    async def fetch_to(url: str, spool: Spool) -> None:
+        await client.download_to(spool, url, max_bytes=photos.result_max_bytes, timeout=photos.source_timeout)
 
     return {
         Task.BEAUTIFY: BeautifyStage(
             orders=orders,
             store=artifacts,
             backend=backend,
-            fetch=lambda url: fetch(url, photos.max_bytes),
+            fetch=fetch,
             strength=settings.beautify.strength,
             max_photo_bytes=photos.max_bytes,
             images_per_call=_images_per_call(settings, providers),
@@ -516,8 +534,9 @@ def build_stages(
         Task.UPLOAD: UploadStage(
             orders=orders,
             store=artifacts,
-            fetch=lambda url: fetch(url, photos.result_max_bytes),
-            inspect=lambda content: inspect_image(content, limits=result_limits),
+            spool=spools(settings),
+            fetch=fetch_to,
+            inspect=lambda file: inspect_image(file, limits=result_limits),
             max_image_bytes=photos.result_max_bytes,
         ),
         Task.REMOVE: RemoveStage(orders=orders, store=artifacts),

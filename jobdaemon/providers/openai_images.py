@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,10 +22,12 @@ from jobdaemon.domain.artifact import EXTENSIONS
 from jobdaemon.errors import KeyRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import MAX_RETRY_AFTER, Answer, GuardedClient
 from jobdaemon.ports import GenerateRequest, ImageMade, OnUnknownSubmit, ProviderCall, ProviderEvent, Submitting, TaskOver
+from jobdaemon.providers.inline import InlineImages
 from jobdaemon.providers.photo_fit import PhotoBounds, PhotoFitter
-from jobdaemon.providers.wire import Kind, error_of, inline_image, kind_of_status
+from jobdaemon.providers.wire import Kind, error_of, kind_of_status
 from jobdaemon.redact import MASK, redact
 from jobdaemon.settings_generate import OpenAIImagesSettings
+from jobdaemon.spool import Spool
 
 #: What an ``error.code``, or else an ``error.type``, means; what is not here goes by :data:`_UNSAFE`, then by the HTTP status.
 KINDS: Mapping[str, Kind] = {
@@ -85,13 +87,20 @@ class OpenAIImagesProvider:
     is_paid = True
 
     def __init__(
-        self, settings: OpenAIImagesSettings, *, keys: Mapping[str, str], client: GuardedClient, max_image_bytes: int
+        self,
+        settings: OpenAIImagesSettings,
+        *,
+        keys: Mapping[str, str],
+        client: GuardedClient,
+        max_image_bytes: int,
+        spool: Callable[[], Spool] = Spool,
     ) -> None:
         """
         Args:
             keys: alias -> secret; the first one serves requests that name none.
             client: shared, and left open.
             max_image_bytes: of one image; an answer that holds more is given up.
+            spool: makes an empty one, for an image that comes inline.
 
         Raises:
             SettingsError: no key, or one that no header can carry.
@@ -107,6 +116,7 @@ class OpenAIImagesProvider:
         self._keys = dict(keys)
         self._client = client
         self._max_image_bytes = max_image_bytes
+        self._spool = spool
         self._photos = PhotoFitter(self.name, PHOTO_BOUNDS)
         host = urlsplit(settings.base_url).hostname or ""
         self._link_lifetime = _LINK_LIFETIME if f".{host}".endswith(".openai.com") else None
@@ -127,13 +137,16 @@ class OpenAIImagesProvider:
         while waiting:
             yield Submitting()
             asked_at = datetime.now(UTC)
-            answer = await self._submit(request, photo, min(len(waiting), self.max_images_per_call), key)
+            count = min(len(waiting), self.max_images_per_call)
+            inline = InlineImages(self._spool, most=count, max_bytes=self._max_image_bytes, provider=self.name)
+            answer = await self._submit(request, photo, count, key, inline)
+            answer = replace(answer, content=answer.content or inline.rest())
             found = images_in(answer, secret=key)
             expires_at = None if self._link_lifetime is None else asked_at + self._link_lifetime
             broken: ProviderUnavailableError | None = None
             for index, image in zip(tuple(waiting), found, strict=False):
                 try:
-                    made = image.event(index, self._max_image_bytes, expires_at)
+                    made = image.event(index, inline, expires_at)
                 except ProviderUnavailableError as error:
                     broken = error
                     continue
@@ -164,7 +177,9 @@ class OpenAIImagesProvider:
         fitted = await self._photos.fit(request.photo, request.load_photo)
         return await fitted.load(), fitted.artifact.media_type
 
-    async def _submit(self, request: GenerateRequest, photo: tuple[bytes, str] | None, count: int, key: str) -> Answer:
+    async def _submit(
+        self, request: GenerateRequest, photo: tuple[bytes, str] | None, count: int, key: str, inline: InlineImages
+    ) -> Answer:
         settings = self._settings
         fields: dict[str, Any] = {"model": settings.model, "prompt": request.prompt, "n": count}
         chosen = {"size": settings.size, "quality": settings.quality, "response_format": settings.response_format}
@@ -174,7 +189,7 @@ class OpenAIImagesProvider:
         max_bytes = count * (self._max_image_bytes * 4 // 3 + 4) + _MAX_FRAME_BYTES
         if photo is None:
             return await self._client.call(
-                "POST", url, headers=headers, payload=fields, max_bytes=max_bytes, timeout=settings.timeout
+                "POST", url, headers=headers, payload=fields, max_bytes=max_bytes, timeout=settings.timeout, into=inline
             )
         # One photo as an array of one: gateways that take several expect this field, and those that take one know it too.
         field = "image" if settings.model in _ONE_PHOTO else "image[]"
@@ -188,6 +203,7 @@ class OpenAIImagesProvider:
             files=[(field, (name, content, media_type))],
             max_bytes=max_bytes,
             timeout=settings.timeout,
+            into=inline,
         )
 
 
@@ -197,21 +213,24 @@ class FoundImage:
     One item of an answer that holds an image, in one of the forms in use.
 
     Attributes:
-        inline: base64, bare or as a ``data:`` URL.
+        inline: base64, bare or as a ``data:`` URL, or what stands for it in the rest of an answer.
         url: where it can be fetched.
     """
 
     inline: str | None
     url: str | None
 
-    def event(self, index: int, max_bytes: int, expires_at: datetime | None) -> ImageMade:
+    def event(self, index: int, images: InlineImages, expires_at: datetime | None) -> ImageMade:
         """
+        Args:
+            images: of the same answer.
+
         Raises:
             ProviderUnavailableError: the bytes are no image, and there is no link.
         """
         if self.inline is not None:
             try:
-                content, media_type = inline_image(self.inline, max_bytes=max_bytes, provider=OpenAIImagesProvider.name)
+                content, media_type = images.decoded(self.inline)
             except ProviderUnavailableError:
                 if self.url is None:
                     raise

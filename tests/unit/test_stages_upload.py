@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import IO
 
 import pytest
 
@@ -18,6 +19,7 @@ from jobdaemon.errors import (
     SourceUnavailableError,
     UnsupportedImageError,
 )
+from jobdaemon.spool import Spool
 from jobdaemon.stages.upload import RemoveStage, UploadStage
 from tests.fakes import JPEG, Facts, FakeArtifacts, FakeAttempt, FakeOrders, image_row
 
@@ -27,17 +29,17 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 WORK_KEY = generated_key(1, 1, DIGEST, JPEG)
 
 
-def _inspect(content: bytes) -> Facts:
-    if content == b"garbage":
+def _inspect(file: IO[bytes]) -> Facts:
+    if file.read() == b"garbage":
         raise UnsupportedImageError("this is no image")
     return Facts()
 
 
 def _stage(orders: FakeOrders, store: FakeArtifacts, fetched: bytes = CONTENT) -> UploadStage:
-    async def fetch(url: str) -> bytes:
-        return fetched
+    async def fetch(url: str, spool: Spool) -> None:
+        spool.write(fetched)
 
-    return UploadStage(orders=orders, store=store, fetch=fetch, inspect=_inspect, max_image_bytes=100)
+    return UploadStage(orders=orders, store=store, spool=Spool, fetch=fetch, inspect=_inspect, max_image_bytes=100)
 
 
 @pytest.mark.parametrize("locator", [f"artifact:{WORK_KEY}", "https://p.example/1?signature=x"])
@@ -67,10 +69,10 @@ async def test_an_expired_link_is_asked_for_again() -> None:
     image = replace(image_row(1, status="generated", locator="https://p.example/1"), provider="fake", call_id=7)
     orders = FakeOrders(images=[image])
 
-    async def fetch(url: str) -> bytes:
+    async def fetch(url: str, spool: Spool) -> None:
         raise DownloadRefusedError("gone", status=403)
 
-    stage = UploadStage(orders=orders, store=FakeArtifacts(), fetch=fetch, inspect=_inspect, max_image_bytes=100)
+    stage = UploadStage(orders=orders, store=FakeArtifacts(), spool=Spool, fetch=fetch, inspect=_inspect, max_image_bytes=100)
     done = await stage.run(FakeAttempt(JOB, orders))
     lost, failed = done.writes
     assert isinstance(lost, ImageLost)
