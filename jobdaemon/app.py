@@ -24,7 +24,7 @@ from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_qu
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
-from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
+from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError, StoreRefusedError, StoreUnavailableError
 from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
@@ -210,6 +210,19 @@ def spools(settings: Settings) -> Callable[[], Spool]:
     return partial(Spool, settings.data_dir / "spool")
 
 
+def require_spools(settings: Settings) -> None:
+    """
+    Raises:
+        SettingsError: images cannot lie in data_dir on their way. That there is no room now is none.
+    """
+    try:
+        spools(settings)()
+    except StoreRefusedError as error:
+        raise SettingsError(f"data_dir: {error}") from error
+    except StoreUnavailableError:
+        return
+
+
 def open_backend(settings: Settings) -> BeautifyBackend:
     """
     The beautify backend.
@@ -272,7 +285,12 @@ def _local_provider(settings: Settings) -> Provider:
 def _comfyui_provider(settings: Settings, services: GuardedClient) -> Provider:
     from jobdaemon.providers.comfyui import ComfyUIProvider
 
-    return ComfyUIProvider(settings.generate.comfyui, client=services, max_image_bytes=settings.photos.result_max_bytes)
+    return ComfyUIProvider(
+        settings.generate.comfyui,
+        client=services,
+        max_image_bytes=settings.photos.result_max_bytes,
+        spool=spools(settings),
+    )
 
 
 def _secrets(single: SecretStr | None, keys: Iterable[ProviderKeySettings]) -> dict[str, str]:
@@ -322,6 +340,7 @@ def _jimeng_provider(settings: Settings, services: GuardedClient, artifacts: Art
         client=services,
         links=one_at_a_time(photo_links(settings, section.photo, services, artifacts)),
         max_image_bytes=settings.photos.result_max_bytes,
+        spool=spools(settings),
     )
 
 
@@ -383,6 +402,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
     Raises:
         SettingsError: a configured part cannot work on this machine.
     """
+    require_spools(settings)
     async with AsyncExitStack() as stack:
         store = PostgresJobStore(address(settings, url))
         stack.push_async_callback(store.close)

@@ -7,6 +7,7 @@ cancelled may leave a thread behind that still works on it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import tempfile
 import weakref
@@ -14,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from jobdaemon.errors import StoreUnavailableError
+from jobdaemon.errors import StoreRefusedError, StoreUnavailableError
 
 _READ_BYTES = 1 << 18
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 class Spool:
@@ -28,7 +30,8 @@ class Spool:
             folder: on whose disk it lies; the system's folder for temporary files when None.
 
         Raises:
-            StoreUnavailableError: no file can be made there. Retryable.
+            StoreUnavailableError: no file can be made there now. Retryable.
+            StoreRefusedError: it is no folder, or one that may not be written. Permanent.
         """
         self._folder = folder
         try:
@@ -36,7 +39,7 @@ class Spool:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - see the module docstring
         except OSError as error:
-            raise self._unavailable(error) from error
+            raise self._translated(error) from error
         weakref.finalize(self, self._file.close)
         self._digest = hashlib.sha256()
         self.size_bytes = 0
@@ -53,7 +56,7 @@ class Spool:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise self._unavailable(error) from error
+            raise self._translated(error) from error
         self._digest.update(block)
         self.size_bytes += len(block)
 
@@ -77,7 +80,15 @@ class Spool:
         """Its first bytes."""
         return self.opened().read(size_bytes)
 
-    def _unavailable(self, error: OSError) -> StoreUnavailableError:
-        reason = error.strerror or type(error).__name__
-        where = tempfile.gettempdir() if self._folder is None else self._folder
-        return StoreUnavailableError(f"Images cannot be held in {where} while they are on their way ({reason}).")
+    def tail(self, size_bytes: int) -> bytes:
+        """Its last bytes."""
+        file = self.opened()
+        file.seek(max(0, self.size_bytes - size_bytes))
+        return file.read(size_bytes)
+
+    def _translated(self, error: OSError) -> StoreUnavailableError | StoreRefusedError:
+        where = "the folder for temporary files" if self._folder is None else str(self._folder)
+        told = f"Images on their way cannot lie in {where} ({error.strerror or type(error).__name__})"
+        if error.errno in _FORBIDDEN:
+            return StoreRefusedError(f"{told}: check its owner and mode.")
+        return StoreUnavailableError(f"{told}.")

@@ -85,6 +85,11 @@ class InlineImages:
                     end += 1
             at = end
 
+    @property
+    def max_answer_bytes(self) -> int:
+        """More than any good answer has: so many images, and what stands beside them."""
+        return self._most * (self._max_bytes * 4 // 3 + 4) + _MAX_FRAME_BYTES
+
     def rest(self) -> bytes:
         """The answer without the long strings, each replaced by what :meth:`decoded` knows it by; to be asked for at the end."""
         return bytes(self._rest) + bytes(self._string or b"") + self._half

@@ -69,8 +69,6 @@ _UNSAFE = re.compile(r"moderation|content_policy|content_filter|safety|sensitive
 _NO_CHANNEL = ("model_not_found", 503)
 #: OpenAI's own links are good for an hour. [O] Of gateways nothing is known.
 _LINK_LIFETIME = timedelta(minutes=60)
-#: An answer holds little beside its images.
-_MAX_FRAME_BYTES = 1024 * 1024
 #: Models that refuse n > 1. [O]
 _ONE_AT_A_TIME = frozenset({"dall-e-3"})
 #: Models that know no array of images. [O]
@@ -186,7 +184,7 @@ class OpenAIImagesProvider:
         fields |= {name: value for name, value in chosen.items() if value is not None}
         url = f"{settings.base_url}/images/{settings.endpoint}"
         headers = {"Authorization": f"Bearer {key}", "Accept": "application/json"}
-        max_bytes = count * (self._max_image_bytes * 4 // 3 + 4) + _MAX_FRAME_BYTES
+        max_bytes = inline.max_answer_bytes
         if photo is None:
             return await self._client.call(
                 "POST", url, headers=headers, payload=fields, max_bytes=max_bytes, timeout=settings.timeout, into=inline

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobdaemon.errors import StoreUnavailableError
+from jobdaemon.errors import StoreRefusedError, StoreUnavailableError
 from jobdaemon.spool import Spool
 
 
@@ -22,7 +22,8 @@ def test_what_is_written_can_be_read_again_and_again(tmp_path: Path) -> None:
         spool.write(content[start : start + 70_000])
     for _ in range(2):
         assert b"".join(spool.blocks()) == content
-    assert spool.head(3) == content[:3]
+    assert (spool.head(3), spool.tail(3)) == (content[:3], content[-3:])
+    assert spool.tail(700_000) == content
     assert spool.opened().read() == content
     assert (spool.size_bytes, spool.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
@@ -36,16 +37,16 @@ def test_nothing_of_it_has_a_name(tmp_path: Path) -> None:
 
 def test_it_is_closed_once_nobody_holds_it(tmp_path: Path) -> None:
     """Spools that are dropped, for whatever reason, take no descriptor and warn nobody."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
     held = [Spool(tmp_path) for _ in range(5)]
-    assert len(list(Path("/proc/self/fd").iterdir())) == before + 5
+    files = [spool.opened() for spool in held]
+    assert not any(file.closed for file in files)
     held.clear()
     gc.collect()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all(file.closed for file in files)
 
 
 def test_a_full_disk_is_retryable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No room, and a folder that cannot be made, are said with the folder's name, and may be over later."""
+    """No room is said with the folder's name, and may be over later."""
 
     class Full:
         def write(self, _block: object) -> int:
@@ -55,6 +56,11 @@ def test_a_full_disk_is_retryable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(spool, "_file", Full())
     with pytest.raises(StoreUnavailableError, match=f"{tmp_path.name}.*No space left"):
         spool.write(b"photo")
+
+
+def test_a_folder_that_cannot_be_is_permanent(tmp_path: Path) -> None:
+    """A file in the folder's place, and a folder below a file, need an operator."""
     (tmp_path / "taken").write_bytes(b"")
-    with pytest.raises(StoreUnavailableError, match="taken"):
-        Spool(tmp_path / "taken")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "spool"):
+        with pytest.raises(StoreRefusedError, match=r"taken.*check"):
+            Spool(folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import threading
 from dataclasses import replace
 from typing import IO
 
@@ -20,7 +22,7 @@ from jobdaemon.errors import (
     UnsupportedImageError,
 )
 from jobdaemon.spool import Spool
-from jobdaemon.stages.upload import RemoveStage, UploadStage
+from jobdaemon.stages.upload import DECODED_AT_ONCE, RemoveStage, UploadStage
 from tests.fakes import JPEG, Facts, FakeArtifacts, FakeAttempt, FakeOrders, image_row
 
 JOB = Job(9, "upload", Task.UPLOAD, 300, {"order_id": 1, "image": 1}, token=1)
@@ -62,6 +64,35 @@ async def test_uploaded_twice_is_one_object() -> None:
     first = await _stage(orders, store).run(FakeAttempt(JOB, orders))
     assert await _stage(orders, store).run(FakeAttempt(JOB, orders)) == first
     assert len(store.objects) == 2
+
+
+async def test_only_so_many_images_are_decoded_at_once() -> None:
+    """However many uploads run, their pixels are in memory two at a time."""
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    def inspect(file: IO[bytes]) -> Facts:
+        entered.release()
+        assert leave.wait(10)
+        return _inspect(file)
+
+    async def fetch(url: str, spool: Spool) -> None:
+        spool.write(url.encode())
+
+    orders = FakeOrders(
+        images=[image_row(index, status="generated", locator=f"https://p.example/{index}") for index in range(1, 5)]
+    )
+    store = FakeArtifacts()
+    stage = UploadStage(orders=orders, store=store, spool=Spool, fetch=fetch, inspect=inspect, max_image_bytes=100)
+    jobs = [replace(JOB, args={"order_id": 1, "image": index}) for index in range(1, 5)]
+    running = asyncio.gather(*(stage.run(FakeAttempt(job, orders)) for job in jobs))
+    for _ in range(DECODED_AT_ONCE):
+        assert await asyncio.to_thread(entered.acquire, timeout=10)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not entered.acquire(timeout=0.05)
+    leave.set()
+    await running
+    assert len(store.objects) == 4
 
 
 async def test_an_expired_link_is_asked_for_again() -> None:
