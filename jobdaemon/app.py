@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -26,7 +27,7 @@ from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.prewarm import backend_key
 from jobdaemon.domain.retry import RetryPolicy
-from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError
+from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError, StoreRefusedError, StoreUnavailableError
 from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from jobdaemon.http import GuardedClient
     from jobdaemon.settings_generate import ProviderKeySettings
+    from jobdaemon.spool import Spool
 
 
 logger = logging.getLogger(__name__)
@@ -213,6 +215,27 @@ def open_store(settings: Settings) -> ArtifactStore:
     )
 
 
+def spools(settings: Settings) -> Callable[[], Spool]:
+    """Makes the files in which images lie while they are on their way."""
+    from jobdaemon.spool import Spool
+
+    # Not the system's folder for temporary files: that one is often in memory.
+    return partial(Spool, settings.data_dir / "spool")
+
+
+def require_spools(settings: Settings) -> None:
+    """
+    Raises:
+        SettingsError: images cannot lie in data_dir on their way. That there is no room now is none.
+    """
+    try:
+        spools(settings)()
+    except StoreRefusedError as error:
+        raise SettingsError(f"data_dir: {error}") from error
+    except StoreUnavailableError:
+        return
+
+
 def open_backend(settings: Settings) -> BeautifyBackend:
     """
     The beautify backend.
@@ -346,7 +369,12 @@ def _local_provider(settings: Settings) -> Provider:
 def _comfyui_provider(settings: Settings, services: GuardedClient) -> Provider:
     from jobdaemon.providers.comfyui import ComfyUIProvider
 
-    return ComfyUIProvider(settings.generate.comfyui, client=services, max_image_bytes=settings.photos.result_max_bytes)
+    return ComfyUIProvider(
+        settings.generate.comfyui,
+        client=services,
+        max_image_bytes=settings.photos.result_max_bytes,
+        spool=spools(settings),
+    )
 
 
 def _secrets(single: SecretStr | None, keys: Iterable[ProviderKeySettings]) -> dict[str, str]:
@@ -360,7 +388,11 @@ def _openai_images_provider(settings: Settings, services: GuardedClient) -> Prov
 
     section = settings.generate.openai_images
     return OpenAIImagesProvider(
-        section, keys=_secrets(section.api_key, section.keys), client=services, max_image_bytes=settings.photos.result_max_bytes
+        section,
+        keys=_secrets(section.api_key, section.keys),
+        client=services,
+        max_image_bytes=settings.photos.result_max_bytes,
+        spool=spools(settings),
     )
 
 
@@ -392,6 +424,7 @@ def _jimeng_provider(settings: Settings, services: GuardedClient, artifacts: Art
         client=services,
         links=one_at_a_time(photo_links(settings, section.photo, services, artifacts)),
         max_image_bytes=settings.photos.result_max_bytes,
+        spool=spools(settings),
     )
 
 
@@ -453,6 +486,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
     Raises:
         SettingsError: a configured part cannot work on this machine.
     """
+    require_spools(settings)
     async with AsyncExitStack() as stack:
         store = PostgresJobStore(address(settings, url))
         stack.push_async_callback(store.close)
@@ -504,6 +538,7 @@ def _with_cache(
             providers[name],
             store.cache,
             artifacts,
+            spool=spools(settings),
             settings=shaping,
             hold=settings.queue(generate_queue(name)).run_timeout,
             ttl=settings.cache.ttl,
@@ -599,6 +634,9 @@ def build_stages(
     async def fetch(url: str, max_bytes: int, most: timedelta = photos.source_timeout) -> bytes:
         return (await client.download(url, max_bytes=max_bytes, timeout=min(most, photos.source_timeout))).content
 
+    async def fetch_to(url: str, spool: Spool) -> None:
+        await client.download_to(spool, url, max_bytes=photos.result_max_bytes, timeout=photos.source_timeout)
+
     prewarming = Prewarming(
         orders.prewarmed,
         artifacts,
@@ -630,8 +668,9 @@ def build_stages(
         Task.UPLOAD: UploadStage(
             orders=orders,
             store=artifacts,
-            fetch=lambda url: fetch(url, photos.result_max_bytes),
-            inspect=lambda content: inspect_image(content, limits=result_limits),
+            spool=spools(settings),
+            fetch=fetch_to,
+            inspect=lambda file: inspect_image(file, limits=result_limits),
             max_image_bytes=photos.result_max_bytes,
         ),
         Task.REMOVE: RemoveStage(orders=orders, store=artifacts),

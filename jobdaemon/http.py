@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import httpcore
 import httpx
@@ -46,6 +46,8 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 #: Client errors that a later attempt may not get: timeout, conflict with itself, too early.
 _TRANSIENT_STATUSES = {408, 425}
 _SHOWN_PATH_CHARACTERS = 80
+#: What is handed to a sink at once: a thread for each block of the network would cost more than the writing.
+_POUR_BYTES = 1 << 18
 
 _REFUSED_V4 = [
     ipaddress.IPv4Network(network)
@@ -81,6 +83,14 @@ _REFUSED_V6 = [
 ]
 
 
+class Sink(Protocol):
+    """Takes a body as it arrives, so that it is never in memory as a whole."""
+
+    def write(self, block: bytes, /) -> None:
+        """Take the next bytes; called in a thread, one call at a time. What it raises ends the transfer."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Downloaded:
     """
@@ -102,7 +112,7 @@ class Answer:
 
     Attributes:
         headers: names in any case.
-        content: the whole body.
+        content: the whole body; empty when a sink took it.
         shown: who answered, for error sentences: no query and no secret.
     """
 
@@ -182,14 +192,18 @@ class GuardedClient:
             RateLimitedError: 429. Retryable, with retry_after when the server gave one.
             ProviderUnavailableError: no answer, a broken one, 5xx, too slow. Retryable.
         """
-        shown = shown_url(url)
-        try:
-            async with asyncio.timeout(timeout.total_seconds()):
-                return await self._follow(url, max_bytes)
-        except TimeoutError as exc:
-            raise ProviderUnavailableError(f"{shown} was not fetched within {timeout.total_seconds():g} s.") from exc
-        except httpx.HTTPError as exc:
-            raise ProviderUnavailableError(f"{shown} could not be fetched ({type(exc).__name__}).") from exc
+        blocks = _Blocks()
+        media_type = await self._fetch(url, blocks, max_bytes, timeout)
+        return Downloaded(content=blocks.joined(), media_type=media_type)
+
+    async def download_to(self, sink: Sink, url: str, *, max_bytes: int, timeout: timedelta) -> None:  # noqa: ASYNC109 - as above
+        """
+        As :meth:`download`, with the body going to *sink* as it arrives; one that fails in the middle has part of it.
+
+        Raises:
+            What download does, and what *sink* does.
+        """
+        await self._fetch(url, sink, max_bytes, timeout)
 
     async def call(
         self,
@@ -203,6 +217,7 @@ class GuardedClient:
         files: Sequence[tuple[str, tuple[str, bytes, str]]] | None = None,
         max_bytes: int,
         timeout: timedelta,  # noqa: ASYNC109 - one for everything
+        into: Sink | None = None,
     ) -> Answer:
         """
         Send one request to a service of our own choosing and return its whole answer, whatever its status; follows no redirect.
@@ -213,6 +228,7 @@ class GuardedClient:
                 form.
             max_bytes: a larger answer is given up.
             timeout: for everything together.
+            into: takes the body of a good answer (2xx); others are too short to need it.
 
         Raises:
             InvalidOrderError: the address is refused. Permanent.
@@ -235,8 +251,11 @@ class GuardedClient:
         try:
             async with asyncio.timeout(timeout.total_seconds()):
                 response = await self.transport.handle_async_request(form)
+                blocks = _Blocks()
+                too_large = AnswerLostError(f"{shown} answered with more than {max_bytes} bytes.")
                 try:
-                    body = await _body(response, max_bytes, shown)
+                    # As it was sent, or decompressed by nobody: we did not ask for that.
+                    await _pour(response, into if into is not None and response.is_success else blocks, max_bytes, too_large)
                 finally:
                     await response.aclose()
         except (TimeoutError, httpx.HTTPError) as exc:
@@ -244,13 +263,23 @@ class GuardedClient:
             if not sent.is_whole:
                 raise ProviderUnavailableError(f"{shown} could not be reached {within}.") from exc
             raise AnswerLostError(f"{shown} gave no whole answer {within}.") from exc
-        return Answer(response.status_code, response.headers, body, shown)
+        return Answer(response.status_code, response.headers, blocks.joined(), shown)
 
     async def close(self) -> None:
         """Free the connections."""
         await self.transport.aclose()
 
-    async def _follow(self, url: str, max_bytes: int) -> Downloaded:
+    async def _fetch(self, url: str, sink: Sink | _Blocks, max_bytes: int, limit: timedelta) -> str | None:
+        shown = shown_url(url)
+        try:
+            async with asyncio.timeout(limit.total_seconds()):
+                return await self._follow(url, sink, max_bytes)
+        except TimeoutError as exc:
+            raise ProviderUnavailableError(f"{shown} was not fetched within {limit.total_seconds():g} s.") from exc
+        except httpx.HTTPError as exc:
+            raise ProviderUnavailableError(f"{shown} could not be fetched ({type(exc).__name__}).") from exc
+
+    async def _follow(self, url: str, sink: Sink | _Blocks, max_bytes: int) -> str | None:
         target = self._judged(url)
         for _ in range(MAX_REDIRECTS + 1):
             # The transport itself, not an AsyncClient: that one logs whole URLs and carries cookies from host to host.
@@ -264,7 +293,7 @@ class GuardedClient:
             try:
                 location = response.headers.get("location")
                 if response.status_code not in _REDIRECTS or location is None:
-                    return await _received(response, target, max_bytes)
+                    return await _received(response, target, sink, max_bytes)
             finally:
                 await response.aclose()
             target = self._judged(location, base=target)
@@ -364,19 +393,40 @@ def _own(headers: Mapping[str, str] | None) -> dict[str, str]:
     return {"Accept-Encoding": "identity", "User-Agent": "jobdaemon"} | dict(headers or {})
 
 
-async def _body(response: httpx.Response, max_bytes: int, shown: str) -> bytes:
-    """The body as it was sent, or decompressed by nobody: we did not ask for that."""
-    blocks, left_bytes = [], max_bytes
+class _Blocks:
+    """A body that is wanted in memory."""
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+
+    def write(self, block: bytes) -> None:
+        self._blocks.append(block)
+
+    def joined(self) -> bytes:
+        return b"".join(self._blocks)
+
+
+async def _pour(response: httpx.Response, sink: Sink | _Blocks, max_bytes: int, too_large: Exception) -> None:
+    """The body as it was sent; *too_large* is raised once there is more of it than *max_bytes*."""
+    held, held_bytes, left_bytes = _Blocks(), 0, max_bytes
     async for block in response.aiter_raw():
         left_bytes -= len(block)
         if left_bytes < 0:
-            raise AnswerLostError(f"{shown} answered with more than {max_bytes} bytes.")
-        blocks.append(block)
-    return b"".join(blocks)
+            raise too_large
+        if isinstance(sink, _Blocks):
+            sink.write(block)
+            continue
+        held.write(block)
+        held_bytes += len(block)
+        if held_bytes >= _POUR_BYTES:
+            await asyncio.to_thread(sink.write, held.joined())
+            held, held_bytes = _Blocks(), 0
+    if held_bytes:
+        await asyncio.to_thread(sink.write, held.joined())
 
 
-async def _received(response: httpx.Response, target: httpx.URL, max_bytes: int) -> Downloaded:
-    """The body of an answer that is no redirect, or the error that its status means."""
+async def _received(response: httpx.Response, target: httpx.URL, sink: Sink | _Blocks, max_bytes: int) -> str | None:
+    """The body of an answer that is no redirect into *sink*, or the error that its status means; returns the media type."""
     shown = shown_url(str(target))
     if response.status_code != httpx.codes.OK:
         raise _status_error(response, shown)
@@ -386,14 +436,9 @@ async def _received(response: httpx.Response, target: httpx.URL, max_bytes: int)
     declared = response.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
         raise too_large
-    blocks, left_bytes = [], max_bytes
-    async for block in response.aiter_raw():
-        left_bytes -= len(block)
-        if left_bytes < 0:
-            raise too_large
-        blocks.append(block)
+    await _pour(response, sink, max_bytes, too_large)
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return Downloaded(content=b"".join(blocks), media_type=media_type or None)
+    return media_type or None
 
 
 def _status_error(response: httpx.Response, shown: str) -> JobdaemonError:

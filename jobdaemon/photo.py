@@ -15,6 +15,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,9 @@ MAX_JPEG_SCANS = 100
 #: EXIF must fit into one 64 KiB segment.
 MAX_DESCRIPTION_BYTES = 2_000
 
+#: What tells the format, from a file's beginning.
+_HEAD_BYTES = 1024
+_READ_BYTES = 1 << 18
 _STRIP_ROWS = 128
 # What undoes EXIF orientations (EXIF 2.32, tag 274); from 5 on, rows of the file are columns of the picture.
 _TURNS = {
@@ -125,7 +129,7 @@ def read_photo(content: bytes, *, limits: PhotoLimits, longest_side: int | None 
         UnsupportedImageError: not a picture we accept, damaged, too small or too large. Permanent.
         DeviceMemoryError: within the limits, but there is no memory for it now. Retryable.
     """
-    with _opened(content, limits) as (image, _):
+    with _opened(io.BytesIO(content), limits) as (image, _):
         if longest_side is not None and max(image.size) > longest_side:
             # The decoder never goes below the size asked for, so the sharp reduction is left to the resize.
             scale = longest_side / max(image.size)
@@ -137,19 +141,19 @@ def read_photo(content: bytes, *, limits: PhotoLimits, longest_side: int | None 
     return Photo(pixels)
 
 
-def inspect_image(content: bytes, *, limits: PhotoLimits) -> ImageInfo:
+def inspect_image(content: bytes | IO[bytes], *, limits: PhotoLimits) -> ImageInfo:
     """
     Prove that *content* can be decoded to its end, and keep nothing of it.
 
     Args:
-        content: an encoded picture, as hostile as the internet.
+        content: an encoded picture, as hostile as the internet; an open file of it is read from its beginning and left open.
         limits: checked on the header, before anything is decoded.
 
     Raises:
         UnsupportedImageError: not a picture we accept, damaged, too small or too large. Permanent.
         DeviceMemoryError: within the limits, but there is no memory for it now. Retryable.
     """
-    with _opened(content, limits) as (image, media_type):
+    with _opened(io.BytesIO(content) if isinstance(content, bytes) else content, limits) as (image, media_type):
         width, height = image.size
         # A JPEG is read to its end at any scale; an eighth of each side is a 64th of the memory. Other formats ignore this.
         image.draft(None, (1, 1))
@@ -169,7 +173,7 @@ def read_header(content: bytes, *, limits: PhotoLimits) -> ImageInfo:
     Raises:
         UnsupportedImageError: not a picture we accept, too small or too large. Permanent.
     """
-    with _opened(content, limits) as (image, media_type):
+    with _opened(io.BytesIO(content), limits) as (image, media_type):
         width, height = image.size
         if _orientation(image) >= 5:
             width, height = height, width
@@ -219,16 +223,18 @@ def encode_png(pixels: NDArray[np.uint8], *, is_square: bool = False) -> bytes:
 
 
 @contextmanager
-def _opened(content: bytes, limits: PhotoLimits) -> Iterator[tuple[ImageFile.ImageFile, str]]:
+def _opened(file: IO[bytes], limits: PhotoLimits) -> Iterator[tuple[ImageFile.ImageFile, str]]:
     """The picture with its header read and checked, and its media type; every error inside is translated."""
-    if not content:
+    size_bytes = file.seek(0, io.SEEK_END)
+    if not size_bytes:
         raise UnsupportedImageError("The file is empty.")
-    if len(content) > limits.max_bytes:
-        raise UnsupportedImageError(f"The file has {len(content):,} bytes; at most {limits.max_bytes:,} are accepted.")
-    media_type, open_header = _recognised(content)
+    if size_bytes > limits.max_bytes:
+        raise UnsupportedImageError(f"The file has {size_bytes:,} bytes; at most {limits.max_bytes:,} are accepted.")
+    media_type, open_header = _recognised(file)
     kind = media_type.removeprefix("image/").upper()
+    file.seek(0)
     try:
-        image = open_header(io.BytesIO(content))
+        image = open_header(file)
     except Exception as error:  # Pillow's plugins raise whatever the file provokes: SyntaxError, struct.error, KeyError …
         raise UnsupportedImageError(f"The file starts like a {kind}, but its header cannot be read.") from error
     try:
@@ -253,16 +259,18 @@ def _check_size(size: tuple[int, int], limits: PhotoLimits) -> None:
         raise UnsupportedImageError(f"The picture has {width} x {height} pixels; no side may exceed {MAX_SIDE_PX:,}.")
 
 
-def _recognised(content: bytes) -> tuple[str, Callable[[io.BytesIO], ImageFile.ImageFile]]:
+def _recognised(file: IO[bytes]) -> tuple[str, Callable[[IO[bytes]], ImageFile.ImageFile]]:
     """
     The media type by content, and what reads the header.
 
     The plugin classes are called directly: ``Image.open`` would guess again, and warns above a limit of its own (89 megapixels)
     that could only be changed for the whole process.
     """
+    file.seek(0)
+    content = file.read(_HEAD_BYTES)
     if content.startswith(b"\xff\xd8\xff"):
         # Inside entropy-coded data FF is always stuffed, so this counts real scans (and those of an embedded thumbnail).
-        if content.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        if _count(file, b"\xff\xda") > MAX_JPEG_SCANS:
             raise UnsupportedImageError(f"The JPEG has more than {MAX_JPEG_SCANS} scans.")
         return "image/jpeg", JpegImagePlugin.jpeg_factory
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -276,20 +284,30 @@ def _recognised(content: bytes) -> tuple[str, Callable[[io.BytesIO], ImageFile.I
     named = next((name for magic, name in _FOREIGN if content.startswith(magic)), None)
     if named is None and content[4:12] == b"ftypavif":
         named = "an AVIF"
-    if named is None and b"<svg" in content[:1024].lower():
+    if named is None and b"<svg" in content.lower():
         named = "an SVG drawing"
     what = f"The file is {named}" if named else "The file is no picture we know"
     raise UnsupportedImageError(f"{what}; accepted are {ACCEPTED}.")
 
 
-def _heic_opener() -> Callable[[io.BytesIO], ImageFile.ImageFile]:
+def _count(file: IO[bytes], pair: bytes) -> int:
+    """How often two bytes stand side by side in *file*."""
+    file.seek(0)
+    count, last = 0, b""
+    while block := file.read(_READ_BYTES):
+        count += block.count(pair) + (last + block[:1] == pair)
+        last = block[-1:]
+    return count
+
+
+def _heic_opener() -> Callable[[IO[bytes]], ImageFile.ImageFile]:
     try:
         import pillow_heif  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise UnsupportedImageError(
             "HEIC photos cannot be read here: the extra jobdaemon[heif] is not installed. Send a JPEG instead."
         ) from error
-    opener: Callable[[io.BytesIO], ImageFile.ImageFile] = pillow_heif.HeifImageFile
+    opener: Callable[[IO[bytes]], ImageFile.ImageFile] = pillow_heif.HeifImageFile
     return opener
 
 

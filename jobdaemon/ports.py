@@ -16,6 +16,7 @@ from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import Write
+from jobdaemon.spool import Spool
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +165,10 @@ class TaskOver:
 
 @dataclass(frozen=True, slots=True)
 class ImageMade:
-    """One image arrived: inline (*content*, *media_type*) or as a *url* that may expire."""
+    """One image arrived: inline (*content*, *media_type*; the receiver's now) or as a *url* that may expire."""
 
     index: int
-    content: bytes | None = None
+    content: bytes | Spool | None = None
     media_type: str | None = None
     url: str | None = None
     url_expires_at: datetime | None = None
@@ -390,6 +391,10 @@ class ArtifactStore(Protocol):
         """
         ...
 
+    async def put_file(self, key: str, spool: Spool, media_type: str) -> Artifact:
+        """As :meth:`put`, with the bytes of *spool*, which are never in memory as a whole."""
+        ...
+
     async def get(self, key: str, *, max_bytes: int) -> bytes:
         """
         The bytes under *key*.
@@ -399,6 +404,10 @@ class ArtifactStore(Protocol):
             UnsupportedImageError: more than *max_bytes*. Permanent.
             StoreUnavailableError: Retryable.
         """
+        ...
+
+    async def get_to_file(self, key: str, spool: Spool, *, max_bytes: int) -> None:
+        """As :meth:`get`, with the bytes going to *spool*, an empty one; what fails in the middle leaves part of them there."""
         ...
 
     async def delete(self, key: str) -> None:

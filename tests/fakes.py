@@ -15,6 +15,7 @@ from jobdaemon.errors import ArtifactMissingError, LeaseLostError, UnsupportedIm
 from jobdaemon.ports import (
     BeautifiedPhoto,
     GenerateRequest,
+    ImageMade,
     ImageRow,
     OnUnknownSubmit,
     OrderRow,
@@ -22,6 +23,7 @@ from jobdaemon.ports import (
     ProviderCall,
     ProviderEvent,
 )
+from jobdaemon.spool import Spool
 
 JPEG = "image/jpeg"
 
@@ -35,6 +37,12 @@ def order_row(**changes: object) -> OrderRow:
 def image_row(index: int, prompt: str = "p", status: str = "pending", locator: str | None = None) -> ImageRow:
     """One image of it."""
     return ImageRow(index, prompt, status, None, locator, f"orders/1/{index}.jpg" if status == "stored" else None)
+
+
+def content_of(image: ImageMade) -> bytes:
+    """The bytes of an image that came inline, in memory or in a spool."""
+    assert image.content is not None
+    return b"".join(image.content.blocks()) if isinstance(image.content, Spool) else image.content
 
 
 @dataclass(slots=True)
@@ -76,6 +84,12 @@ class FakeArtifacts:
     async def put(self, key: str, content: bytes, media_type: str) -> Artifact:
         self.objects[key] = content
         return Artifact(key, hashlib.sha256(content).hexdigest(), len(content), media_type)
+
+    async def put_file(self, key: str, spool: Spool, media_type: str) -> Artifact:
+        return await self.put(key, b"".join(spool.blocks()), media_type)
+
+    async def get_to_file(self, key: str, spool: Spool, *, max_bytes: int) -> None:
+        spool.write(await self.get(key, max_bytes=max_bytes))
 
     async def get(self, key: str, *, max_bytes: int) -> bytes:
         if key not in self.objects:

@@ -54,6 +54,7 @@ def all_findings(config: Path | None) -> list[Finding]:
     findings = findings or [Finding("settings", "ok", "valid")]
     parts: list[tuple[str, Callable[[Settings], Iterator[Finding]], str]] = [
         ("database", _database, "start the server, or correct database.url"),
+        ("spool", _spool, "correct data_dir, or make room there"),
         ("store", _store, "correct the section store"),
         ("backend", _backend, "correct the section beautify"),
         ("providers", _providers, "correct the sections orders and generate"),
@@ -73,6 +74,13 @@ def _database(settings: Settings) -> Iterator[Finding]:
     with open_database(settings, must_fit=False) as connection:
         # Taken while the connection lives.
         yield from list(database_findings(connection, settings))
+
+
+def _spool(settings: Settings) -> Iterator[Finding]:
+    from jobdaemon import app
+
+    app.spools(settings)().write(bytes(4096))
+    yield Finding("spool", "ok", f"{settings.data_dir} can hold images on their way")
 
 
 def _store(settings: Settings) -> Iterator[Finding]:

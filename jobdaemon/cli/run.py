@@ -9,12 +9,13 @@ from jobdaemon.cli.session import ConfigFile, load
 
 def run(config: ConfigFile = None) -> None:
     """Work the queues until SIGTERM or Ctrl-C; a second one cuts short what still runs. SIGHUP reloads the settings."""
-    from jobdaemon import app
+    from jobdaemon import allocator, app
     from jobdaemon.cli.service import serve
     from jobdaemon.events import Events
     from jobdaemon.logs import configure_logs, log_events
     from jobdaemon.sdnotify import SystemdNotifier
 
+    allocator.keep_little()
     settings = load(config)
     configure_logs(settings.log.format, settings.log.level)
     events = Events()

@@ -24,18 +24,29 @@ def sandbox(
     qps: Annotated[float | None, typer.Option(min=0.001, help="More calls in a second get 429.", show_default=False)] = None,
     faults: Annotated[str, typer.Option(metavar="SPEC", help="Shares of calls: 429=0.02,500=0.01,reset=0.01,slow=0.05.")] = "",
     seed: Annotated[int, typer.Option(help="The same seed, the same faults.")] = 0,
+    image_px: Annotated[int | None, typer.Option(min=16, max=8192, help="Side of the images.", show_default=False)] = None,
+    image_bytes: Annotated[
+        str | None, typer.Option(help="Images about this large: 5MB, but no larger than noise is.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Play a provider on 127.0.0.1 until Ctrl-C or SIGTERM, with set latency, limits and faults; then say what it counted."""
     from jobdaemon.errors import SettingsError
     from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
-    from jobdaemon.units import parse_duration
+    from jobdaemon.units import parse_duration, parse_size
 
     try:
         duration: timedelta = parse_duration(latency)
     except ValueError as error:
         raise SettingsError(f"--latency {error}") from error
+    try:
+        size_bytes = None if image_bytes is None else parse_size(image_bytes)
+    except ValueError as error:
+        raise SettingsError(f"--image-bytes {error}") from error
     behaviour = Behaviour(duration.total_seconds() * scale, concurrency, qps, parse_faults(faults, seed=seed))
+    behaviour.image_bytes = size_bytes
+    if image_px is not None:
+        behaviour.image_px = (image_px, image_px)
     asyncio.run(_serve(Sandbox(behaviour, port=port), as_json=as_json))
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,10 +33,12 @@ from jobdaemon.ports import (
     TaskOver,
 )
 from jobdaemon.providers import openai_chat as chat
+from jobdaemon.providers.inline import InlineImages
 from jobdaemon.providers.photo_fit import PhotoBounds, PhotoFitter
-from jobdaemon.providers.wire import Kind, error_of, inline_image, kind_of_status
+from jobdaemon.providers.wire import Kind, error_of, kind_of_status
 from jobdaemon.redact import MASK, redact
 from jobdaemon.settings_generate import OpenAIImagesSettings
+from jobdaemon.spool import Spool
 
 #: What an ``error.code``, or else an ``error.type``, means; what is not here goes by :data:`_UNSAFE`, then by the HTTP status.
 KINDS: Mapping[str, Kind] = {
@@ -78,8 +80,6 @@ _UNSAFE = re.compile(r"moderation|content_policy|content_filter|safety|sensitive
 _NO_CHANNEL = ("model_not_found", 503)
 #: OpenAI's own links are good for an hour. [O] Of gateways nothing is known.
 _LINK_LIFETIME = timedelta(minutes=60)
-#: An answer holds little beside its images.
-_MAX_FRAME_BYTES = 1024 * 1024
 #: Models that refuse n > 1. [O]
 _ONE_AT_A_TIME = frozenset({"dall-e-3"})
 #: Models that know no array of images. [O]
@@ -98,13 +98,20 @@ class OpenAIImagesProvider:
     is_paid = True
 
     def __init__(
-        self, settings: OpenAIImagesSettings, *, keys: Mapping[str, str], client: GuardedClient, max_image_bytes: int
+        self,
+        settings: OpenAIImagesSettings,
+        *,
+        keys: Mapping[str, str],
+        client: GuardedClient,
+        max_image_bytes: int,
+        spool: Callable[[], Spool] = Spool,
     ) -> None:
         """
         Args:
             keys: alias -> secret; the first one serves requests that name none.
             client: shared, and left open.
             max_image_bytes: of one image; an answer that holds more is given up.
+            spool: makes an empty one, for an image that comes inline.
 
         Raises:
             SettingsError: no key, or one that no header can carry.
@@ -121,6 +128,7 @@ class OpenAIImagesProvider:
         self._keys = dict(keys)
         self._client = client
         self._max_image_bytes = max_image_bytes
+        self._spool = spool
         self._photos = PhotoFitter(self.name, _DALL_E_2_BOUNDS if settings.model in _ONE_PHOTO else PHOTO_BOUNDS)
         host = urlsplit(settings.base_url).hostname or ""
         self._link_lifetime = _LINK_LIFETIME if f".{host}".endswith(".openai.com") else None
@@ -141,14 +149,17 @@ class OpenAIImagesProvider:
         while waiting:
             yield Submitting()
             asked_at = datetime.now(UTC)
-            answer = await self._submit(request, photo, min(len(waiting), self.max_images_per_call), key)
+            count = min(len(waiting), self.max_images_per_call)
+            inline = InlineImages(self._spool, most=count, max_bytes=self._max_image_bytes, provider=self.name)
+            answer = await self._submit(request, photo, count, key, inline)
+            answer = replace(answer, content=answer.content or inline.rest())
             found = images_in(answer, secret=key)
             yield Charged(len(found), usage_in(answer))
             expires_at = None if self._link_lifetime is None else asked_at + self._link_lifetime
             broken: ProviderUnavailableError | None = None
             for index, image in zip(tuple(waiting), found, strict=False):
                 try:
-                    made = image.event(index, self._max_image_bytes, expires_at)
+                    made = image.event(index, inline, expires_at)
                 except ProviderUnavailableError as error:
                     broken = error
                     continue
@@ -179,19 +190,21 @@ class OpenAIImagesProvider:
         fitted = await self._photos.fit(request.photo, request.load_photo)
         return await fitted.load(), fitted.artifact.media_type
 
-    async def _submit(self, request: GenerateRequest, photo: tuple[bytes, str] | None, count: int, key: str) -> Answer:
+    async def _submit(
+        self, request: GenerateRequest, photo: tuple[bytes, str] | None, count: int, key: str, inline: InlineImages
+    ) -> Answer:
         settings = self._settings
         if settings.api == "chat":
-            return await self._chat(request.prompt, photo, key)
+            return await self._chat(request.prompt, photo, key, inline)
         fields: dict[str, Any] = {"model": settings.model, "prompt": request.prompt, "n": count}
         chosen = {"size": settings.size, "quality": settings.quality, "response_format": settings.response_format}
         fields |= {name: value for name, value in chosen.items() if value is not None}
         url = f"{settings.base_url}/images/{settings.endpoint}"
         headers = {"Authorization": f"Bearer {key}", "Accept": "application/json"}
-        max_bytes = count * (self._max_image_bytes * 4 // 3 + 4) + _MAX_FRAME_BYTES
+        max_bytes = inline.max_answer_bytes
         if photo is None:
             return await self._client.call(
-                "POST", url, headers=headers, payload=fields, max_bytes=max_bytes, timeout=settings.timeout
+                "POST", url, headers=headers, payload=fields, max_bytes=max_bytes, timeout=settings.timeout, into=inline
             )
         # One photo as an array of one: gateways that take several expect this field, and those that take one know it too.
         field = "image" if settings.model in _ONE_PHOTO else "image[]"
@@ -205,9 +218,10 @@ class OpenAIImagesProvider:
             files=[(field, (name, content, media_type))],
             max_bytes=max_bytes,
             timeout=settings.timeout,
+            into=inline,
         )
 
-    async def _chat(self, prompt: str, photo: tuple[bytes, str] | None, key: str) -> Answer:
+    async def _chat(self, prompt: str, photo: tuple[bytes, str] | None, key: str, inline: InlineImages) -> Answer:
         settings = self._settings
         payload = await asyncio.to_thread(chat.request_body, settings.model, prompt, photo)
         return await self._client.call(
@@ -216,7 +230,7 @@ class OpenAIImagesProvider:
             headers={"Authorization": f"Bearer {key}", "Accept": "application/json"},
             payload=payload,
             # The photo may come back beside the image.
-            max_bytes=2 * (self._max_image_bytes * 4 // 3 + 4) + _MAX_FRAME_BYTES,
+            max_bytes=2 * inline.max_answer_bytes,
             timeout=settings.timeout,
         )
 
@@ -227,21 +241,24 @@ class FoundImage:
     One item of an answer that holds an image, in one of the forms in use.
 
     Attributes:
-        inline: base64, bare or as a ``data:`` URL.
+        inline: base64, bare or as a ``data:`` URL, or what stands for it in the rest of an answer.
         url: where it can be fetched.
     """
 
     inline: str | None
     url: str | None
 
-    def event(self, index: int, max_bytes: int, expires_at: datetime | None) -> ImageMade:
+    def event(self, index: int, images: InlineImages, expires_at: datetime | None) -> ImageMade:
         """
+        Args:
+            images: of the same answer.
+
         Raises:
             ProviderUnavailableError: the bytes are no image, and there is no link.
         """
         if self.inline is not None:
             try:
-                content, media_type = inline_image(self.inline, max_bytes=max_bytes, provider=OpenAIImagesProvider.name)
+                content, media_type = images.decoded(self.inline)
             except ProviderUnavailableError:
                 if self.url is None:
                     raise

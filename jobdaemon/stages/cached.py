@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -25,6 +23,7 @@ from jobdaemon.ports import (
     TaskAccepted,
     TaskOver,
 )
+from jobdaemon.spool import Spool
 
 
 class CachingProvider:
@@ -41,6 +40,7 @@ class CachingProvider:
         cache: ImageCache,
         store: ArtifactStore,
         *,
+        spool: Callable[[], Spool],
         settings: Mapping[str, Any],
         hold: timedelta,
         ttl: timedelta,
@@ -48,6 +48,7 @@ class CachingProvider:
     ) -> None:
         """
         Args:
+            spool: makes an empty one.
             settings: those that shape the provider's images, as JSON has them.
             hold: as long as an attempt may take: others wait for so long for what one is having made.
             ttl: nothing older is given.
@@ -59,6 +60,7 @@ class CachingProvider:
         self._provider = provider
         self._cache = cache
         self._store = store
+        self._spool = spool
         self._settings = settings
         self._hold = hold
         self._ttl = ttl
@@ -137,13 +139,13 @@ class CachingProvider:
         if not are_all_there:
             raise PutOffError("what the cache kept is gone or damaged; it has to be made anew")
 
-    async def _content(self, image: CachedImage) -> bytes | None:
+    async def _content(self, image: CachedImage) -> Spool | None:
+        spool = self._spool()
         try:
-            content = await self._store.get(image.artifact, max_bytes=self._max_image_bytes)
+            await self._store.get_to_file(image.artifact, spool, max_bytes=self._max_image_bytes)
         except (ArtifactMissingError, UnsupportedImageError):
             return None
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
-        return content if digest == image.sha256 else None
+        return spool if spool.sha256 == image.sha256 else None
 
 
 class _Claims:

@@ -34,6 +34,7 @@ from jobdaemon.ports import (
     OrderRow,
     Provider,
 )
+from jobdaemon.spool import Spool
 from jobdaemon.stages.arrivals import Arrivals
 from jobdaemon.stages.provider_call import CallRecord
 from jobdaemon.stages.source import ARTIFACT_SCHEME
@@ -160,10 +161,18 @@ class GenerateStage:
     async def _keep(self, image: ImageMade, order_id: int) -> str:
         if image.content is None or image.media_type is None:
             raise ProviderUnavailableError("the provider sent neither an image nor its address")
-        digest = hashlib.sha256(image.content).hexdigest()
-        key = generated_key(order_id, image.index, digest, image.media_type)
+        content, media_type = image.content, image.media_type
+        digest = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else content.sha256
+        key = generated_key(order_id, image.index, digest, media_type)
         for rest_s in _STORE_RESTS_S:
             with suppress(StoreUnavailableError):
-                return ARTIFACT_SCHEME + (await self._store.put(key, image.content, image.media_type)).key
+                return await self._put(key, content, media_type)
             await asyncio.sleep(rest_s)
-        return ARTIFACT_SCHEME + (await self._store.put(key, image.content, image.media_type)).key
+        return await self._put(key, content, media_type)
+
+    async def _put(self, key: str, content: bytes | Spool, media_type: str) -> str:
+        if isinstance(content, bytes):
+            artifact = await self._store.put(key, content, media_type)
+        else:
+            artifact = await self._store.put_file(key, content, media_type)
+        return ARTIFACT_SCHEME + artifact.key

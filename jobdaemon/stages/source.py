@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from jobdaemon.errors import ProviderUnavailableError, RateLimitedError, SourceUnavailableError
 from jobdaemon.ports import ArtifactStore
 
+T = TypeVar("T")
+
 ARTIFACT_SCHEME = "artifact:"
 
 
-async def fetched(fetch: Callable[[str], Awaitable[bytes]], url: str) -> bytes:
+async def fetched(fetch: Callable[[str], Awaitable[T]], url: str) -> T:
     """
-    What lies behind *url*.
+    What *fetch* makes of what lies behind *url*.
 
     Raises:
         SourceUnavailableError: its host is away or busy. Retryable, and of no consequence for the queue.

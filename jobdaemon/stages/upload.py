@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable
+from typing import IO
 
 from jobdaemon.domain.artifact import image_key
 from jobdaemon.domain.expand import collect_job
@@ -18,30 +18,38 @@ from jobdaemon.errors import (
     UnsupportedImageError,
 )
 from jobdaemon.ports import ArtifactStore, Attempt, ImageFacts, ImageRow, OrderReader
+from jobdaemon.spool import Spool
 from jobdaemon.stages.source import ARTIFACT_SCHEME, fetched
+
+#: Images decoded at once: each takes four bytes a pixel, and more of them at a time than there are cores are no faster.
+DECODED_AT_ONCE = 2
 
 
 class UploadStage:
-    """One job per image."""
+    """One job per image, which lies on disk on its way: memory holds blocks of it, and its pixels while it is checked."""
 
     def __init__(
         self,
         *,
         orders: OrderReader,
         store: ArtifactStore,
-        fetch: Callable[[str], Awaitable[bytes]],
-        inspect: Callable[[bytes], ImageFacts],
+        spool: Callable[[], Spool],
+        fetch: Callable[[str, Spool], Awaitable[None]],
+        inspect: Callable[[IO[bytes]], ImageFacts],
         max_image_bytes: int,
     ) -> None:
         """
         Args:
+            spool: makes an empty one.
             fetch: downloads a provider's URL, guarded and bounded.
             inspect: decodes the whole image; raises UnsupportedImageError when it is none. Runs in a thread.
         """
         self._orders = orders
         self._store = store
+        self._spool = spool
         self._fetch = fetch
         self._inspect = inspect
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._max_image_bytes = max_image_bytes
 
     async def run(self, attempt: Attempt) -> Done:
@@ -58,23 +66,27 @@ class UploadStage:
         if image.locator is None:
             raise ArtifactMissingError("the provider's link to this image is gone")
         work_key = image.locator.removeprefix(ARTIFACT_SCHEME) if image.locator.startswith(ARTIFACT_SCHEME) else None
+        spool = self._spool()
         if work_key is None:
             try:
-                content = await fetched(self._fetch, image.locator)
+                await fetched(lambda url: self._fetch(url, spool), image.locator)
             except DownloadRefusedError as error:
                 return await self._ask_again(order_id, image, str(error))
         else:
-            content = await self._store.get(work_key, max_bytes=self._max_image_bytes)
+            await self._store.get_to_file(work_key, spool, max_bytes=self._max_image_bytes)
         try:
-            facts, digest = await asyncio.to_thread(lambda: (self._inspect(content), hashlib.sha256(content).hexdigest()))
+            async with self._decoding:
+                facts = await asyncio.to_thread(lambda: self._inspect(spool.opened()))
         except UnsupportedImageError as error:
             if work_key is not None:
                 raise
             # It is paid for, and what came was perhaps cut short on its way: fetched once more it may be whole.
             raise SourceUnavailableError(str(error)) from error
+        digest = spool.sha256
         if work_key is not None and digest[:16] not in work_key:
             raise ArtifactMissingError(f"the bytes under {work_key} are not those that were generated")
-        stored = await self._store.put(image_key(order_id, index, digest, facts.media_type), content, facts.media_type)
+        key = image_key(order_id, index, digest, facts.media_type)
+        stored = await self._store.put_file(key, spool, facts.media_type)
         return Done(
             writes=(
                 ImageStored(
@@ -83,7 +95,7 @@ class UploadStage:
                     object_key=stored.key,
                     url=self._store.url(stored.key),
                     sha256=digest,
-                    size_bytes=len(content),
+                    size_bytes=spool.size_bytes,
                     width=facts.width,
                     height=facts.height,
                     media_type=facts.media_type,

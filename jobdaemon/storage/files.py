@@ -16,7 +16,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -27,6 +27,7 @@ from urllib.parse import quote
 
 from jobdaemon.domain.artifact import Artifact, is_valid_key
 from jobdaemon.errors import ArtifactMissingError, StoreRefusedError, StoreUnavailableError, UnsupportedImageError
+from jobdaemon.spool import Spool
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,14 @@ class FilesStore:
             StoreRefusedError: a bad key, or no right to write. Permanent.
         """
         self._require_valid(key)
-        digest = await self._in_thread(_put, self._root, key, content)
+        digest = await self._in_thread(_put_content, self._root, key, content)
         return Artifact(key=key, sha256=digest, size_bytes=len(content), media_type=media_type)
+
+    async def put_file(self, key: str, spool: Spool, media_type: str) -> Artifact:
+        """As :meth:`put`, block by block."""
+        self._require_valid(key)
+        await self._in_thread(_put, self._root, key, spool.blocks, spool.size_bytes, spool.sha256)
+        return Artifact(key=key, sha256=spool.sha256, size_bytes=spool.size_bytes, media_type=media_type)
 
     async def get(self, key: str, *, max_bytes: int) -> bytes:
         """
@@ -93,7 +100,14 @@ class FilesStore:
             StoreUnavailableError: Retryable.
         """
         self._require_valid(key)
-        return await self._in_thread(_get, self._root, key, max_bytes)
+        blocks: list[bytes] = []
+        await self._in_thread(_get, self._root, key, max_bytes, blocks.append)
+        return b"".join(blocks)
+
+    async def get_to_file(self, key: str, spool: Spool, *, max_bytes: int) -> None:
+        """As :meth:`get`, block by block."""
+        self._require_valid(key)
+        await self._in_thread(_get, self._root, key, max_bytes, spool.write)
 
     async def delete(self, key: str) -> None:
         """Remove *key* and the folders that it leaves empty; that it is not there is a success."""
@@ -182,15 +196,20 @@ def _child(folder: int, name: str, *, create: bool) -> int:
     return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 
-def _put(root: Path, key: str, content: bytes) -> str:
-    *names, name = key.split("/")
+def _put_content(root: Path, key: str, content: bytes) -> str:
     digest = hashlib.sha256(content).hexdigest()
+    _put(root, key, lambda: (content,), len(content), digest)
+    return digest
+
+
+def _put(root: Path, key: str, blocks: Callable[[], Iterable[bytes]], size_bytes: int, digest: str) -> None:
+    *names, name = key.split("/")
     with _translated(root, key):
         for last in (False,) * 9 + (True,):
             try:
                 with _folder(root, names, create=True) as folder:
-                    if not _holds(folder, name, len(content), digest):
-                        _write(folder, name, content, digest)
+                    if not _holds(folder, name, size_bytes, digest):
+                        _write(folder, name, blocks(), digest)
                     # Also when the bytes were there: whoever wrote them may not have come to this line.
                     os.fsync(folder)
                 break
@@ -198,7 +217,6 @@ def _put(root: Path, key: str, content: bytes) -> str:
                 # A delete took the folder away, empty as it was, between our making it and our writing into it.
                 if last:
                     raise
-    return digest
 
 
 def _holds(folder: int, name: str, size_bytes: int, digest: str) -> bool:
@@ -214,14 +232,15 @@ def _holds(folder: int, name: str, size_bytes: int, digest: str) -> bool:
         os.close(file)
 
 
-def _write(folder: int, name: str, content: bytes, digest: str) -> None:
+def _write(folder: int, name: str, blocks: Iterable[bytes], digest: str) -> None:
     temporary = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     file = os.open(temporary, _NEW_FILE, 0o666, dir_fd=folder)
     try:
         try:
-            view = memoryview(content)
-            while view:
-                view = view[os.write(file, view) :]
+            for block in blocks:
+                view = memoryview(block)
+                while view:
+                    view = view[os.write(file, view) :]
             os.fsync(file)
             os.lseek(file, 0, os.SEEK_SET)
             if _digest(file) != digest:
@@ -242,7 +261,8 @@ def _digest(file: int) -> str:
     return digest.hexdigest()
 
 
-def _get(root: Path, key: str, max_bytes: int) -> bytes:
+def _get(root: Path, key: str, max_bytes: int, take: Callable[[bytes], None]) -> None:
+    """Hands the file to *take*, never more than one byte beyond *max_bytes*."""
     *names, name = key.split("/")
     with _translated(root, key):
         try:
@@ -255,20 +275,22 @@ def _get(root: Path, key: str, max_bytes: int) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise ArtifactMissingError(f"The artifact folder {root} has no file {key!r}.")
             # The size may lie by the time it is read, so the loop is bounded as well.
-            content = b"" if status.st_size > max_bytes else _read(file, max_bytes + 1)
+            is_too_large = status.st_size > max_bytes or not _read(file, max_bytes, take)
         finally:
             os.close(file)
-    if status.st_size > max_bytes or len(content) > max_bytes:
+    if is_too_large:
         raise UnsupportedImageError(f"The artifact {key!r} is larger than {max_bytes} bytes.")
-    return content
 
 
-def _read(file: int, limit_bytes: int) -> bytes:
-    blocks = []
-    while limit_bytes and (block := os.read(file, min(limit_bytes, _READ_BYTES))):
-        blocks.append(block)
-        limit_bytes -= len(block)
-    return b"".join(blocks)
+def _read(file: int, max_bytes: int, take: Callable[[bytes], None]) -> bool:
+    """Whether the file ends within *max_bytes*."""
+    left_bytes = max_bytes
+    while block := os.read(file, min(left_bytes + 1, _READ_BYTES)):
+        left_bytes -= len(block)
+        if left_bytes < 0:
+            return False
+        take(block)
+    return True
 
 
 def _delete(root: Path, key: str) -> None:

@@ -13,17 +13,18 @@ import asyncio
 import base64
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError, SSLError
 
 from jobdaemon.domain.artifact import Artifact, is_valid_key
 from jobdaemon.errors import ArtifactMissingError, SettingsError, StoreRefusedError, StoreUnavailableError, UnsupportedImageError
+from jobdaemon.spool import Spool
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.client import S3Client
@@ -146,11 +147,17 @@ class R2Store:
             StoreRefusedError: credentials, bucket, rights or a bad key. Permanent.
         """
         object_key = self._object_key(key)
-        sha256, md5 = await asyncio.to_thread(_digests, content)
+        sha256, md5 = await asyncio.to_thread(_digests, (content,))
         artifact = Artifact(key=key, sha256=sha256, size_bytes=len(content), media_type=media_type)
-        created = await self._write(object_key, content, artifact, md5, only_create=True)
-        if not created and not await self._holds(object_key, artifact):
-            await self._write(object_key, content, artifact, md5, only_create=False)
+        await self._put(object_key, artifact, md5, lambda: BytesIO(content))
+        return artifact
+
+    async def put_file(self, key: str, spool: Spool, media_type: str) -> Artifact:
+        """As :meth:`put`; the bytes are read while they are sent."""
+        object_key = self._object_key(key)
+        sha256, md5 = await asyncio.to_thread(lambda: _digests(spool.blocks()))
+        artifact = Artifact(key=key, sha256=sha256, size_bytes=spool.size_bytes, media_type=media_type)
+        await self._put(object_key, artifact, md5, spool.opened)
         return artifact
 
     async def get(self, key: str, *, max_bytes: int) -> bytes:
@@ -161,16 +168,13 @@ class R2Store:
             ArtifactMissingError, UnsupportedImageError, StoreRefusedError: Permanent.
             StoreUnavailableError: Retryable.
         """
-        object_key = self._object_key(key)
-        async with self._calling(object_key) as client:
-            answer = await client.get_object(Bucket=self._bucket, Key=object_key)
-            content = await _read(answer["Body"], answer.get("ContentLength", 0), max_bytes)
-        if content is None:
-            raise UnsupportedImageError(f"The artifact {key!r} is larger than {max_bytes} bytes.")
-        expected = answer["Metadata"].get("sha256")
-        if expected and (await asyncio.to_thread(_digests, content))[0] != expected:
-            raise StoreUnavailableError(f"The object store gave back other bytes than were stored under {key!r}.")
-        return content
+        spool = _Blocks()
+        await self._get(key, spool, max_bytes)
+        return spool.joined()
+
+    async def get_to_file(self, key: str, spool: Spool, *, max_bytes: int) -> None:
+        """As :meth:`get`; the bytes are written while they are received."""
+        await self._get(key, spool, max_bytes)
 
     async def delete(self, key: str) -> None:
         """Remove *key*; that it is not there is a success."""
@@ -226,7 +230,23 @@ class R2Store:
             self._opened = None
             await self._resources.aclose()
 
-    async def _write(self, object_key: str, content: bytes, artifact: Artifact, md5: bytes, *, only_create: bool) -> bool:
+    async def _put(self, object_key: str, artifact: Artifact, md5: bytes, body: Callable[[], IO[bytes]]) -> None:
+        created = await self._write(object_key, body(), artifact, md5, only_create=True)
+        if not created and not await self._holds(object_key, artifact):
+            await self._write(object_key, body(), artifact, md5, only_create=False)
+
+    async def _get(self, key: str, sink: Spool | _Blocks, max_bytes: int) -> None:
+        object_key = self._object_key(key)
+        async with self._calling(object_key) as client:
+            answer = await client.get_object(Bucket=self._bucket, Key=object_key)
+            is_whole = await _read(answer["Body"], answer.get("ContentLength", 0), max_bytes, sink)
+        if not is_whole:
+            raise UnsupportedImageError(f"The artifact {key!r} is larger than {max_bytes} bytes.")
+        expected = answer["Metadata"].get("sha256")
+        if expected and sink.sha256 != expected:
+            raise StoreUnavailableError(f"The object store gave back other bytes than were stored under {key!r}.")
+
+    async def _write(self, object_key: str, body: IO[bytes], artifact: Artifact, md5: bytes, *, only_create: bool) -> bool:
         """One verified PutObject; False when *only_create* and the key is taken."""
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if only_create else {}
         try:
@@ -235,8 +255,8 @@ class R2Store:
                     Bucket=self._bucket,
                     Key=object_key,
                     # A stream, because the HTTP client writes plain bytes in one go and blocks the loop with large ones.
-                    Body=BytesIO(content),
-                    ContentLength=len(content),
+                    Body=body,
+                    ContentLength=artifact.size_bytes,
                     ContentType=artifact.media_type,
                     # R2 documents Content-MD5 for a single PUT, its SHA-256 for parts only.
                     ContentMD5=base64.b64encode(md5).decode(),
@@ -362,30 +382,53 @@ def _require_url(setting: str, url: str) -> str:
     return host
 
 
-def _digests(content: bytes) -> tuple[str, bytes]:
+def _digests(blocks: Iterable[bytes]) -> tuple[str, bytes]:
     """SHA-256 in hex and MD5 in bytes; releases the interpreter lock while it works."""
-    return hashlib.sha256(content).hexdigest(), hashlib.md5(content, usedforsecurity=False).digest()
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    for block in blocks:
+        sha256.update(block)
+        md5.update(block)
+    return sha256.hexdigest(), md5.digest()
 
 
-async def _read(body: Any, size_bytes: int, max_bytes: int) -> bytes | None:
-    """All of *body*, or None, its connection dropped, when it is larger than *max_bytes*."""
+class _Blocks:
+    """A spool in memory."""
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+        self._digest = hashlib.sha256()
+
+    def write(self, block: bytes) -> None:
+        self._digest.update(block)
+        self._blocks.append(block)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def joined(self) -> bytes:
+        return b"".join(self._blocks)
+
+
+async def _read(body: Any, size_bytes: int, max_bytes: int, sink: Spool | _Blocks) -> bool:
+    """All of *body* into *sink*; False, its connection dropped, when it is larger than *max_bytes*."""
     from aiohttp import ClientError as ConnectionBrokenError  # noqa: PLC0415 - heavy, and loaded by now
 
-    blocks, left_bytes = [], max_bytes
+    left_bytes = max_bytes
     async with body:
         if size_bytes > max_bytes:
             body.close()
-            return None
+            return False
         try:
             while block := await body.read(_READ_BYTES):
                 left_bytes -= len(block)
                 if left_bytes < 0:
                     body.close()
-                    return None
-                blocks.append(block)
+                    return False
+                await asyncio.to_thread(sink.write, block)
         except ConnectionBrokenError as exc:
             raise StoreUnavailableError("The object store broke off in the middle of an object.") from exc
-    return b"".join(blocks)
+    return True
 
 
 def _retry_after(status: int, meta: Mapping[str, Any]) -> timedelta | None:

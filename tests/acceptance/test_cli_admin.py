@@ -149,13 +149,20 @@ def test_check_names_what_is_broken_and_the_cure(
 
 
 def test_check_looks_at_the_rest_when_one_part_is_down(cli: Cli, tmp_path: Path) -> None:
-    """A database that is down and a store that cannot be written are two errors of one report."""
+    """A database that is down, and a data folder and a store that cannot be written, are errors of one report."""
     (tmp_path / "data").write_text("a file where the folder should be")
     result = cli("postgresql://u:hunter2@127.0.0.1:1/x", "check", "--json")
     assert result.exit_code == 1
     assert "hunter2" not in result.stdout
     states = {name: row["state"] for name, row in findings(result).items()}
-    assert states == {"settings": "ok", "database": "error", "store": "error", "backend": "ok", "providers": "ok"}
+    assert states == {
+        "settings": "ok",
+        "database": "error",
+        "spool": "error",
+        "store": "error",
+        "backend": "ok",
+        "providers": "ok",
+    }
 
 
 def test_check_reports_wrong_settings(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

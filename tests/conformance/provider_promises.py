@@ -46,6 +46,7 @@ from jobdaemon.ports import (
 from jobdaemon.sandbox import Sandbox, parse_faults
 from jobdaemon.sandbox.shop import Shop
 from tests.daemons import until
+from tests.fakes import content_of as inline_content
 
 #: The key (or the secret half of it) that every factory gives its provider.
 SECRET = "SK-conformance-0123456789abcdef=="
@@ -175,9 +176,8 @@ async def content_of(
 ) -> bytes:
     """The bytes of an image, however it came."""
     if image.url is None:
-        assert image.content is not None
         assert image.media_type is not None
-        return image.content
+        return inline_content(image)
     return (await client.download(image.url, max_bytes=max_bytes, timeout=patience)).content
 
 

@@ -13,6 +13,7 @@ import pytest
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.errors import ArtifactMissingError, StoreRefusedError, UnsupportedImageError
 from jobdaemon.ports import ArtifactStore
+from jobdaemon.spool import Spool
 from jobdaemon.storage.files import FilesStore
 from jobdaemon.storage.r2 import R2Store
 
@@ -58,6 +59,44 @@ async def test_what_was_put_can_be_got(store: ArtifactStore, size_bytes: int) ->
     artifact = await store.put(KEY, content, "image/jpeg")
     assert artifact == Artifact(KEY, hashlib.sha256(content).hexdigest(), size_bytes, "image/jpeg")
     assert await store.get(KEY, max_bytes=size_bytes) == content
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 3_000_000])
+async def test_a_file_goes_in_and_out_like_bytes(store: ArtifactStore, size_bytes: int) -> None:
+    """What a spool holds is stored under the same artifact as the same bytes, again and again, and comes back into another."""
+    content = bytes(index % 251 for index in range(size_bytes))
+    spool, back = Spool(), Spool()
+    spool.write(content)
+    artifact = await store.put_file(KEY, spool, "image/jpeg")
+    assert artifact == await store.put_file(KEY, spool, "image/jpeg") == await store.put(KEY, content, "image/jpeg")
+    assert await store.get(KEY, max_bytes=size_bytes) == content
+    await store.get_to_file(KEY, back, max_bytes=size_bytes)
+    assert (back.sha256, b"".join(back.blocks())) == (artifact.sha256, content)
+
+
+async def test_a_file_replaces_other_bytes(store: ArtifactStore) -> None:
+    """A spool's bytes win over those that lay under its key, also when the size is the same."""
+    spool = Spool()
+    spool.write(b"other")
+    await store.put(KEY, b"first", "image/jpeg")
+    await store.put_file(KEY, spool, "image/jpeg")
+    assert await store.get(KEY, max_bytes=5) == b"other"
+
+
+async def test_files_are_refused_as_bytes_are(store: ArtifactStore) -> None:
+    """A missing key, a bad key and an artifact above the bound are the same errors with spools; the bound itself is none."""
+    with pytest.raises(ArtifactMissingError):
+        await store.get_to_file(KEY, Spool(), max_bytes=10)
+    with pytest.raises(StoreRefusedError):
+        await store.put_file("../up", Spool(), "image/jpeg")
+    with pytest.raises(StoreRefusedError):
+        await store.get_to_file("../up", Spool(), max_bytes=1)
+    await store.put(KEY, b"x" * 2_000_000, "image/jpeg")
+    with pytest.raises(UnsupportedImageError):
+        await store.get_to_file(KEY, Spool(), max_bytes=1_999_999)
+    spool = Spool()
+    await store.get_to_file(KEY, spool, max_bytes=2_000_000)
+    assert spool.size_bytes == 2_000_000
 
 
 async def test_putting_the_same_again_is_a_success(store: ArtifactStore) -> None:

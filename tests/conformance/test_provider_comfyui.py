@@ -34,6 +34,7 @@ from jobdaemon.ports import GenerateRequest, ImageMade, ProviderCall, ProviderEv
 from jobdaemon.providers.comfyui import ComfyUIProvider
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings_generate import ComfyUISettings
+from tests.fakes import content_of
 
 CONFIG = Path(__file__).parents[2] / "config"
 EXAMPLE = CONFIG / "comfyui-example.json"
@@ -171,11 +172,10 @@ async def test_a_batch_comes_from_one_prompt(rig: Rig) -> None:
     assert [image.index for image in seen.made] == [2, 5, 9]
     assert seen.events[0] == Submitting(seen.task_id)
     assert seen.task_id.endswith(f"@{rig.url()}")
-    pictures = {image.content for image in seen.made}
+    pictures = {content_of(image) for image in seen.made}
     assert len(pictures) == 3
     for image in seen.made:
-        assert image.content is not None
-        with Image.open(io.BytesIO(image.content)) as picture:
+        with Image.open(io.BytesIO(content_of(image))) as picture:
             assert (picture.size, image.media_type) == ((64, 96), "image/png")
     assert (rig.report["images_bought"], rig.report["money"]) == (3, 0)
 

@@ -39,6 +39,7 @@ from jobdaemon.ports import (
     TaskAccepted,
     TaskOver,
 )
+from jobdaemon.providers.inline import InlineImages
 from jobdaemon.providers.jimeng import JimengProvider, KeyPair
 from jobdaemon.providers.jimeng.answers import GATEWAY_KINDS, KINDS, VERDICTS, end_in, told_in
 from jobdaemon.providers.photo_links import InlineLinks, SuperbedLinks
@@ -46,6 +47,7 @@ from jobdaemon.providers.wire import Kind
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import load_settings
 from jobdaemon.settings_generate import JimengSettings, SuperbedSettings
+from jobdaemon.spool import Spool
 from jobdaemon.storage.files import FilesStore
 from tests.conformance.provider_promises import MAX_IMAGE_BYTES, Outcome, content_of, hostile, outcome, wanted
 from tests.daemons import until
@@ -215,7 +217,8 @@ def test_results_come_as_links_or_inline(data: dict[str, Any], made: list[Any]) 
     """Links are taken before base64, base64 where there are none, and what is neither is left out; the format is sniffed."""
     end = end_in({"status": "done", **data})
     assert end is not None
-    events = [image.event(7, 1000, NOW) for image in end.images]
+    inline = InlineImages(Spool, most=1, max_bytes=1000, provider="jimeng")
+    events = [image.event(7, inline, NOW) for image in end.images]
     assert [event.url or event.content for event in events] == made
     assert all(event.url is None or event.url_expires_at == NOW for event in events)
     assert all(event.content is None or event.media_type == "image/png" for event in events)
@@ -262,7 +265,7 @@ def make(sandbox: Sandbox, client: GuardedClient) -> Make:
             client=client,
             links=InlineLinks() if settings.photo == "inline" else SuperbedLinks(superbed, client),
             max_image_bytes=MAX_IMAGE_BYTES,
-            **({} if clock is None else {"clock": clock}),
+            clock=clock or (lambda: datetime.now(UTC)),
         )
 
     return make

@@ -29,10 +29,12 @@ from jobdaemon.errors import (
 )
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.ports import Charged, GenerateRequest, ImageMade, Submitting
+from jobdaemon.providers.inline import InlineImages
 from jobdaemon.providers.openai_images import KINDS, OpenAIImagesProvider, images_in, kind_of_error
 from jobdaemon.providers.wire import Kind
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings_generate import OpenAIImagesSettings
+from jobdaemon.spool import Spool
 from tests.conformance.provider_promises import MAX_IMAGE_BYTES, SECRET, indexes, outcome, wanted
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
@@ -198,7 +200,7 @@ NOT_GIVEN = {"url": "", "b64_json": "", "revised_prompt": ""}
 def test_images_come_in_all_the_forms_of_gateways(item: dict[str, Any], is_link: bool, frame: dict[str, Any]) -> None:
     """Inline bytes are taken before a link, which may expire; empty fields and whatever else stands there do not matter."""
     [found] = images_in(answer(frame | {"data": [item]}), secret=SECRET)
-    made = found.event(3, 1000, None)
+    made = found.event(3, InlineImages(Spool, most=1, max_bytes=1000, provider="openai_images"), None)
     assert made == (ImageMade(3, url=LINK) if is_link else ImageMade(3, content=PNG, media_type="image/png"))
 
 
@@ -370,7 +372,7 @@ async def test_a_broken_image_costs_its_siblings_nothing(make: Make, monkeypatch
     """One item that is no image is left for a later attempt, with its reason; the others are out."""
     provider = make()
 
-    async def submit(_request: GenerateRequest, _photo: bytes | None, _count: int, _key: str) -> Answer:
+    async def submit(_request: GenerateRequest, _photo: bytes | None, _count: int, _key: str, _inline: InlineImages) -> Answer:
         return answer({"data": [{"b64_json": B64}, {"b64_json": "aGVsbG8="}, {"b64_json": B64}, {"b64_json": B64}]})
 
     monkeypatch.setattr(provider, "_submit", submit)

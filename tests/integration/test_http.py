@@ -31,9 +31,11 @@ from jobdaemon.errors import (
     ProviderUnavailableError,
     RateLimitedError,
     SettingsError,
+    StoreUnavailableError,
     UnsupportedImageError,
 )
 from jobdaemon.http import AllowedHosts, GuardedClient, is_public_address, parse_retry_after, shown_url
+from jobdaemon.spool import Spool
 
 SOON = timedelta(seconds=10)
 SECRET = "X-Signature=topsecret"
@@ -170,6 +172,44 @@ async def test_a_download_is_whole_and_typed(server: Server, client: GuardedClie
     got = await client.download(local(server, "/a.jpg"), max_bytes=len(body), timeout=SOON)
     assert got.content == body
     assert got.media_type == "image/jpeg"
+
+
+async def test_a_download_may_go_to_a_file(server: Server, client: GuardedClient) -> None:
+    """A sink gets every byte of the body in its order, though in other blocks."""
+    body = bytes(range(256)) * 5000
+    server.answer("/a.jpg", ok(body))
+    spool = Spool()
+    await client.download_to(spool, local(server, "/a.jpg"), max_bytes=len(body), timeout=SOON)
+    assert b"".join(spool.blocks()) == body
+
+
+async def test_a_file_is_bounded_as_memory_is(server: Server, client: GuardedClient) -> None:
+    """A sink gets nothing beyond the bound, with or without a declared length, and statuses are the errors they always are."""
+    server.answer("/declared", ok(b"x" * 2_000_000))
+    server.answer("/endless", b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2_000_000)
+    server.answer("/gone", b"HTTP/1.1 403 Forbidden\r\nContent-Length: 4\r\n\r\ngone")
+    for path, error in (
+        ("/declared", UnsupportedImageError),
+        ("/endless", UnsupportedImageError),
+        ("/gone", DownloadRefusedError),
+    ):
+        spool = Spool()
+        with pytest.raises(error):
+            await client.download_to(spool, local(server, path), max_bytes=1_000_000, timeout=SOON)
+        assert spool.size_bytes <= 1_000_000
+
+
+async def test_a_sink_that_fails_ends_the_download(server: Server, client: GuardedClient) -> None:
+    """What a sink raises reaches the caller as it is, and the next download works."""
+
+    class Full:
+        def write(self, block: bytes) -> None:
+            raise StoreUnavailableError(f"no room for {len(block)} bytes")
+
+    server.answer("/a", ok(b"x" * 500_000))
+    with pytest.raises(StoreUnavailableError, match="no room"):
+        await client.download_to(Full(), local(server, "/a"), max_bytes=500_000, timeout=SOON)
+    assert len((await client.download(local(server, "/a"), max_bytes=500_000, timeout=SOON)).content) == 500_000
 
 
 async def test_a_body_without_length_ends_with_the_connection(server: Server, client: GuardedClient) -> None:

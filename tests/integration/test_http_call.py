@@ -18,6 +18,7 @@ import pytest
 
 from jobdaemon.errors import AnswerLostError, InvalidOrderError, ProviderUnavailableError
 from jobdaemon.http import Answer, GuardedClient
+from jobdaemon.spool import Spool
 
 SOON = timedelta(seconds=10)
 SECRET = "sk-topsecret-0123456789"
@@ -125,6 +126,18 @@ async def test_an_answer_comes_back_whatever_its_status(line: str, server: Serve
     assert (answer.json(), answer.headers["x-a"]) == ({"a": 1}, "b")
     assert answer.retry_after == timedelta(seconds=3)
     assert answer.shown == server.url
+
+
+@pytest.mark.parametrize(("line", "to_sink"), [("200 OK", True), ("201 Created", True), ("429 Too Many Requests", False)])
+async def test_a_sink_takes_good_answers(line: str, to_sink: bool, server: Server, client: GuardedClient) -> None:
+    """The body of a good answer goes to the sink alone; an error's stays with the answer; both are bounded."""
+    body = b'{"a":"' + b"x" * 600_000 + b'"}'
+    server.act = answering(f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    spool = Spool()
+    answer = await client.call("POST", server.url, content=b"{}", max_bytes=len(body), timeout=SOON, into=spool)
+    assert (answer.content, b"".join(spool.blocks())) == ((b"", body) if to_sink else (body, b""))
+    with pytest.raises(AnswerLostError):
+        await client.call("POST", server.url, content=b"{}", max_bytes=len(body) - 1, timeout=SOON, into=Spool())
 
 
 async def test_json_and_forms_are_sent_as_such(server: Server, client: GuardedClient) -> None:

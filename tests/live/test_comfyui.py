@@ -22,6 +22,7 @@ from jobdaemon.http import GuardedClient
 from jobdaemon.ports import GenerateRequest, ImageMade
 from jobdaemon.providers.comfyui import ComfyUIProvider
 from jobdaemon.settings_generate import ComfyUISettings
+from tests.fakes import content_of
 
 pytestmark = pytest.mark.live
 
@@ -51,6 +52,5 @@ async def test_one_real_image() -> None:
     finally:
         await provider.close()
         await client.close()
-    assert image.content is not None
-    with Image.open(io.BytesIO(image.content)) as picture:
+    with Image.open(io.BytesIO(content_of(image))) as picture:
         assert picture.size == (512, 768)

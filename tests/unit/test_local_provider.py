@@ -29,6 +29,7 @@ from jobdaemon.providers.local.crops import CROPS, place_crop
 from jobdaemon.providers.local.recipe import check_table, recipe_for, wish_of
 from jobdaemon.providers.local.render import render
 from jobdaemon.providers.local.subject import Subject, fit_within, prepare_subject
+from tests.fakes import content_of
 
 ASTRONAUT = Path(__file__).parent.parent / "data" / "astronaut.png"
 PRO_IMAGES = 70
@@ -286,8 +287,7 @@ async def test_images_come_in_order_as_jpeg_that_says_what_it_is(provider: Local
     assert [image.index for image in images] == [0, 5, 9, 12, 69]
     for image in images:
         assert image.media_type == "image/jpeg"
-        assert image.content is not None
-        with Image.open(io.BytesIO(image.content)) as picture:
+        with Image.open(io.BytesIO(content_of(image))) as picture:
             picture.load()
             description = picture.getexif()[ExifTags.Base.ImageDescription]
         assert description.startswith("jobdaemon local style: ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import random
+import re
 import struct
 import sys
 import zlib
@@ -17,9 +18,25 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from jobdaemon.errors import UnsupportedImageError
 from jobdaemon.photo import ImageInfo, PhotoLimits, encode_jpeg, inspect_image, read_photo
+from jobdaemon.spool import Spool
 
 ASTRONAUT = Path(__file__).parents[1] / "data" / "astronaut.png"
 LIMITS = PhotoLimits()
+
+
+def inspected(content: bytes, *, limits: PhotoLimits) -> ImageInfo:
+    """What inspect_image says of *content*; an open file of it says the same, or fails in the same words."""
+    spool = Spool()
+    spool.write(content)
+    try:
+        info = inspect_image(content, limits=limits)
+    except Exception as error:
+        with pytest.raises(type(error), match=f"^{re.escape(str(error))}$"):
+            inspect_image(spool.opened(), limits=limits)
+        raise
+    assert inspect_image(spool.opened(), limits=limits) == info
+    assert not spool.opened().closed
+    return info
 
 
 def portrait(width: int = 160, height: int = 300) -> Image.Image:
@@ -106,9 +123,9 @@ def refused(content: bytes, limits: PhotoLimits = LIMITS) -> str:
     """The sentence with which both doors refuse *content*."""
     with pytest.raises(UnsupportedImageError) as read:
         read_photo(content, limits=limits)
-    with pytest.raises(UnsupportedImageError) as inspected:
-        inspect_image(content, limits=limits)
-    assert str(read.value) == str(inspected.value)
+    with pytest.raises(UnsupportedImageError) as checked:
+        inspected(content, limits=limits)
+    assert str(read.value) == str(checked.value)
     assert str(read.value).endswith(".")
     return str(read.value)
 
@@ -166,14 +183,14 @@ def test_bombs_are_refused_by_their_header(content: bytes) -> None:
 def test_pixel_limit_is_exact() -> None:
     """A picture of exactly the limit passes, one row more does not."""
     limits = PhotoLimits(max_pixels=160 * 300)
-    assert inspect_image(encoded(portrait(160, 300), "PNG"), limits=limits) == ImageInfo("image/png", 160, 300)
+    assert inspected(encoded(portrait(160, 300), "PNG"), limits=limits) == ImageInfo("image/png", 160, 300)
     assert "48,000" in refused(encoded(portrait(160, 301), "PNG"), limits)
 
 
 def test_own_limit_counts_not_pillows() -> None:
     """90 megapixels pass without a warning, although Pillow would warn."""
     rows = b"".join(b"\0" + bytes(9500 // 8 + 1) for _ in range(9500))
-    assert inspect_image(png(9500, 9500, depth=1, colour=0, rows=rows), limits=LIMITS).width == 9500
+    assert inspected(png(9500, 9500, depth=1, colour=0, rows=rows), limits=LIMITS).width == 9500
 
 
 @pytest.mark.parametrize(
@@ -234,7 +251,7 @@ def test_damaged_files_raise_nothing_else(kind: str) -> None:
         for _ in range(chance.choice([1, 3, 30])):
             # Half of the changes hit the headers, where they are most surprising.
             damaged[chance.randrange(chance.choice([600, len(damaged)]))] = chance.randrange(256)
-        for door in (read_photo, inspect_image):
+        for door in (read_photo, inspected):
             try:
                 door(bytes(damaged), limits=LIMITS)
             except UnsupportedImageError as refusal:
@@ -270,7 +287,7 @@ def test_orientation_is_applied(kind: str, orientation: int) -> None:
     assert np.array_equal(photo.pixels, expected)
     assert photo.pixels.flags.c_contiguous
     assert photo.pixels.flags.writeable
-    info = inspect_image(content, limits=LIMITS)
+    info = inspected(content, limits=LIMITS)
     assert (info.width, info.height) == (photo.width, photo.height) == ((300, 160) if orientation >= 5 else (160, 300))
 
 
@@ -299,7 +316,7 @@ def test_first_frame_counts(kind: str) -> None:
 def test_phone_jpeg_with_a_second_picture_is_a_jpeg() -> None:
     """A multi-picture JPEG, as phones make them, is read as its first picture."""
     content = encoded(portrait(), "MPO", save_all=True, append_images=[Image.new("RGB", (160, 300), "red")])
-    assert inspect_image(content, limits=LIMITS).media_type == "image/jpeg"
+    assert inspected(content, limits=LIMITS).media_type == "image/jpeg"
     assert difference(read_photo(content, limits=LIMITS).pixels, np.asarray(portrait())) < 8
 
 
@@ -365,7 +382,7 @@ def test_cmyk_jpeg_is_read() -> None:
     """A CMYK JPEG from a print shop keeps its look."""
     content = encoded(portrait().convert("CMYK"), "JPEG", quality=95)
     assert difference(read_photo(content, limits=LIMITS).pixels, np.asarray(portrait())) < 6
-    assert inspect_image(content, limits=LIMITS).media_type == "image/jpeg"
+    assert inspected(content, limits=LIMITS).media_type == "image/jpeg"
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
@@ -434,7 +451,7 @@ def heic() -> bytes:
 def test_heic_is_read_when_the_extra_is_there() -> None:
     """A HEIC photo is a photo, and a truncated one is not."""
     content = heic()
-    assert inspect_image(content, limits=LIMITS) == ImageInfo("image/heic", 160, 300)
+    assert inspected(content, limits=LIMITS) == ImageInfo("image/heic", 160, 300)
     assert difference(read_photo(content, limits=LIMITS).pixels, np.asarray(portrait())) < 6
     for cut in (20, 200, len(content) // 2, len(content) - 50):
         refused(content[:cut])

@@ -30,6 +30,7 @@ from jobdaemon.errors import (
     UnsupportedFeatureError,
 )
 from jobdaemon.ports import Charged, ImageMade, ImageRefused, ProviderCall, ProviderEvent, Submitting, TaskAccepted, TaskOver
+from jobdaemon.spool import Spool
 from jobdaemon.stages import arrivals, generate
 from jobdaemon.stages.generate import GenerateStage
 from tests.fakes import JPEG, FakeArtifacts, FakeAttempt, FakeOrders, FakeProvider, image_row, order_row
@@ -108,6 +109,20 @@ async def test_images_are_noted_as_they_arrive() -> None:
     assert await request.load_photo() == b"photo"
     assert (request.prompt, request.images, request.params, request.resume) == ("p", ((1, 0), (2, 1)), {"seed": 3}, None)
     assert provider.closed == 1
+
+
+async def test_an_image_in_a_file_is_stored_as_its_bytes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inline bytes may come in a spool: they lie under the same key, and a store that is away for a moment gets them later."""
+    monkeypatch.setattr(generate, "_STORE_RESTS_S", (0.0, 0.0))
+    keys: set[str] = set()
+    for content in (b"one", Spool()):
+        if isinstance(content, Spool):
+            content.write(b"one")
+        orders, store = _orders(image_row(1)), BusyArtifacts(busy=1)
+        await _stage(orders, FakeProvider([ImageMade(1, content, JPEG)]), store).run(FakeAttempt(JOB, orders))
+        assert list(store.objects.values()) == [b"one"]
+        keys |= store.objects.keys()
+    assert len(keys) == 1
 
 
 async def test_images_that_come_with_the_end_are_committed_with_it() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import threading
 from dataclasses import replace
+from typing import IO
 
 import pytest
 
@@ -18,7 +21,8 @@ from jobdaemon.errors import (
     SourceUnavailableError,
     UnsupportedImageError,
 )
-from jobdaemon.stages.upload import RemoveStage, UploadStage
+from jobdaemon.spool import Spool
+from jobdaemon.stages.upload import DECODED_AT_ONCE, RemoveStage, UploadStage
 from tests.fakes import JPEG, Facts, FakeArtifacts, FakeAttempt, FakeOrders, image_row
 
 JOB = Job(9, "upload", Task.UPLOAD, 300, {"order_id": 1, "image": 1}, token=1)
@@ -27,17 +31,17 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 WORK_KEY = generated_key(1, 1, DIGEST, JPEG)
 
 
-def _inspect(content: bytes) -> Facts:
-    if content == b"garbage":
+def _inspect(file: IO[bytes]) -> Facts:
+    if file.read() == b"garbage":
         raise UnsupportedImageError("this is no image")
     return Facts()
 
 
 def _stage(orders: FakeOrders, store: FakeArtifacts, fetched: bytes = CONTENT) -> UploadStage:
-    async def fetch(url: str) -> bytes:
-        return fetched
+    async def fetch(url: str, spool: Spool) -> None:
+        spool.write(fetched)
 
-    return UploadStage(orders=orders, store=store, fetch=fetch, inspect=_inspect, max_image_bytes=100)
+    return UploadStage(orders=orders, store=store, spool=Spool, fetch=fetch, inspect=_inspect, max_image_bytes=100)
 
 
 @pytest.mark.parametrize("locator", [f"artifact:{WORK_KEY}", "https://p.example/1?signature=x"])
@@ -62,15 +66,44 @@ async def test_uploaded_twice_is_one_object() -> None:
     assert len(store.objects) == 2
 
 
+async def test_only_so_many_images_are_decoded_at_once() -> None:
+    """However many uploads run, their pixels are in memory two at a time."""
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    def inspect(file: IO[bytes]) -> Facts:
+        entered.release()
+        assert leave.wait(10)
+        return _inspect(file)
+
+    async def fetch(url: str, spool: Spool) -> None:
+        spool.write(url.encode())
+
+    orders = FakeOrders(
+        images=[image_row(index, status="generated", locator=f"https://p.example/{index}") for index in range(1, 5)]
+    )
+    store = FakeArtifacts()
+    stage = UploadStage(orders=orders, store=store, spool=Spool, fetch=fetch, inspect=inspect, max_image_bytes=100)
+    jobs = [replace(JOB, args={"order_id": 1, "image": index}) for index in range(1, 5)]
+    running = asyncio.gather(*(stage.run(FakeAttempt(job, orders)) for job in jobs))
+    for _ in range(DECODED_AT_ONCE):
+        assert await asyncio.to_thread(entered.acquire, timeout=10)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not entered.acquire(timeout=0.05)
+    leave.set()
+    await running
+    assert len(store.objects) == 4
+
+
 async def test_an_expired_link_is_asked_for_again() -> None:
     """A link that gives nothing any more sends the image back to the call that made it; only if that was no help does it fail."""
     image = replace(image_row(1, status="generated", locator="https://p.example/1"), provider="fake", call_id=7)
     orders = FakeOrders(images=[image])
 
-    async def fetch(url: str) -> bytes:
+    async def fetch(url: str, spool: Spool) -> None:
         raise DownloadRefusedError("gone", status=403)
 
-    stage = UploadStage(orders=orders, store=FakeArtifacts(), fetch=fetch, inspect=_inspect, max_image_bytes=100)
+    stage = UploadStage(orders=orders, store=FakeArtifacts(), spool=Spool, fetch=fetch, inspect=_inspect, max_image_bytes=100)
     done = await stage.run(FakeAttempt(JOB, orders))
     lost, failed = done.writes
     assert isinstance(lost, ImageLost)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from typing import Any
@@ -41,6 +41,7 @@ from jobdaemon.providers.comfyui.sockets import PromptSocket, Sockets
 from jobdaemon.providers.comfyui.workflow import parse_workflow, seed_of
 from jobdaemon.providers.photo_fit import PhotoBounds, PhotoFitter
 from jobdaemon.settings_generate import ComfyUISettings
+from jobdaemon.spool import Spool
 
 #: So many failed questions in a row, and a server counts as gone.
 _STRIKES = 3
@@ -62,11 +63,13 @@ class ComfyUIProvider:
         *,
         client: GuardedClient,
         max_image_bytes: int,
+        spool: Callable[[], Spool] = Spool,
         call_timeout: timedelta = timedelta(seconds=60),
     ) -> None:
         """
         Args:
             client: may reach the servers.
+            spool: makes an empty one, for an image.
             call_timeout: the longest any one HTTP call may take.
 
         Raises:
@@ -90,7 +93,7 @@ class ComfyUIProvider:
         self._sockets = Sockets()
         urls = dict.fromkeys(settings.servers)
         self._pool = ServerPool(
-            [ComfyServer(url, client=client, sockets=self._sockets, call_timeout=call_timeout) for url in urls]
+            [ComfyServer(url, client=client, sockets=self._sockets, call_timeout=call_timeout, spool=spool) for url in urls]
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[ProviderEvent, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -23,6 +23,7 @@ from jobdaemon.providers.comfyui.answers import (
 )
 from jobdaemon.providers.comfyui.sockets import PromptSocket, Sockets
 from jobdaemon.providers.wire import media_type_of
+from jobdaemon.spool import Spool
 
 #: The queue and the history repeat whole workflows.
 _MAX_JSON_BYTES = 32 * 1024 * 1024
@@ -49,12 +50,19 @@ class ComfyServer:
         queued_calls: those among them that are in its queue.
     """
 
-    def __init__(self, url: str, *, client: GuardedClient, sockets: Sockets, call_timeout: timedelta) -> None:
+    def __init__(
+        self, url: str, *, client: GuardedClient, sockets: Sockets, call_timeout: timedelta, spool: Callable[[], Spool]
+    ) -> None:
+        """
+        Args:
+            spool: makes an empty one, for an image.
+        """
         self.url = url
         self.calls = self.queued_calls = 0
         self._client = client
         self._sockets = sockets
         self._timeout = call_timeout
+        self._new_spool = spool
 
     async def load(self) -> int:
         """
@@ -161,7 +169,7 @@ class ComfyServer:
             await self._told("/interrupt", {"prompt_id": prompt_id})
         return True
 
-    async def fetch(self, image: ImageFile, *, max_bytes: int) -> tuple[bytes, str]:
+    async def fetch(self, image: ImageFile, *, max_bytes: int) -> tuple[Spool, str]:
         """
         The bytes and the media type of an image that it made.
 
@@ -176,19 +184,20 @@ class ComfyServer:
                 await asyncio.sleep(rest_s)
         return await self._fetch(image, max_bytes)
 
-    async def _fetch(self, image: ImageFile, max_bytes: int) -> tuple[bytes, str]:
+    async def _fetch(self, image: ImageFile, max_bytes: int) -> tuple[Spool, str]:
+        spool = self._new_spool()
         query = urlencode({"filename": image.filename, "subfolder": image.subfolder, "type": image.kind})
-        answer = await self._call("GET", f"/view?{query}", max_bytes=max_bytes)
+        answer = await self._call("GET", f"/view?{query}", max_bytes=max_bytes, into=spool)
         if answer.status == 404:
             raise FileGoneError(f"{NAME}: {answer.shown} has no {image.filename} any more")
         if answer.status != 200:
             raise status_error(answer)
-        media_type = media_type_of(answer.content)
+        media_type = media_type_of(spool.head(16))
         if media_type is None:
             raise ProviderUnavailableError(f"{NAME}: {answer.shown} sent something that is neither PNG, JPEG nor WebP")
-        if not _is_whole(answer.content, media_type):
+        if not _is_whole(spool, media_type):
             raise ProviderUnavailableError(f"{NAME}: {answer.shown} sent an image that ends in the middle")
-        return answer.content, media_type
+        return spool, media_type
 
     @asynccontextmanager
     async def listening(self, prompt_id: str) -> AsyncIterator[PromptSocket]:
@@ -226,12 +235,12 @@ def _object(answer: Answer) -> Mapping[str, Any]:
     return body
 
 
-def _is_whole(content: bytes, media_type: str) -> bool:
+def _is_whole(image: Spool, media_type: str) -> bool:
     """Whether the end of an image is there; a file that is being written, or was cut, has none."""
     match media_type:
         case "image/png":
-            return b"IEND" in content[-32:]
+            return b"IEND" in image.tail(32)
         case "image/webp":
-            return len(content) >= int.from_bytes(content[4:8], "little") + 8
+            return image.size_bytes >= int.from_bytes(image.head(8)[4:], "little") + 8
         case _:
-            return b"\xff\xd9" in content[-1024:]
+            return b"\xff\xd9" in image.tail(1024)

@@ -18,8 +18,9 @@ from typing import Any
 from jobdaemon.errors import ProviderRefusedError, ProviderUnavailableError
 from jobdaemon.http import Answer
 from jobdaemon.ports import ImageMade
+from jobdaemon.providers.inline import InlineImages
 from jobdaemon.providers.jimeng.signature import KeyPair
-from jobdaemon.providers.wire import Kind, error_of, inline_image, kind_of_status
+from jobdaemon.providers.wire import Kind, error_of, kind_of_status
 from jobdaemon.redact import MASK, redact
 
 NAME = "jimeng"
@@ -193,14 +194,17 @@ class FoundImage:
     url: str | None = None
     inline: str | None = None
 
-    def event(self, index: int, max_bytes: int, expires_at: datetime) -> ImageMade:
+    def event(self, index: int, images: InlineImages, expires_at: datetime) -> ImageMade:
         """
+        Args:
+            images: of the same answer.
+
         Raises:
             ProviderUnavailableError: the bytes are no image.
         """
         if self.url is not None:
             return ImageMade(index, url=self.url, url_expires_at=expires_at)
-        content, media_type = inline_image(self.inline or "", max_bytes=max_bytes, provider=NAME)
+        content, media_type = images.decoded(self.inline or "")
         return ImageMade(index, content=content, media_type=media_type)
 
 

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,11 +33,13 @@ from jobdaemon.ports import (
     TaskAccepted,
     TaskOver,
 )
+from jobdaemon.providers.inline import InlineImages
 from jobdaemon.providers.jimeng.answers import NAME, TaskEnd, Told, end_in, told_in
 from jobdaemon.providers.jimeng.signature import KeyPair, canonical_query, signed_headers
 from jobdaemon.providers.photo_fit import FittedLinks, PhotoBounds, PhotoFitter
 from jobdaemon.providers.wire import Kind, error_of, polled
 from jobdaemon.settings_generate import JimengSettings
+from jobdaemon.spool import Spool
 
 _LINK_LIFETIME = timedelta(hours=24)
 _SUBMIT, _RESULT, _CANCEL = "CVSync2AsyncSubmitTask", "CVSync2AsyncGetResult", "CVCancelTask"
@@ -92,6 +94,7 @@ class JimengProvider:
         client: GuardedClient,
         links: PhotoLinks,
         max_image_bytes: int,
+        spool: Callable[[], Spool] = Spool,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """
@@ -100,6 +103,7 @@ class JimengProvider:
             client: shared, and left open.
             links: makes the photo available to the service.
             max_image_bytes: of one image that comes inline; an answer that holds more is given up.
+            spool: makes an empty one, for an image that comes inline.
             clock: aware; what requests are signed with.
 
         Raises:
@@ -123,6 +127,7 @@ class JimengProvider:
         self._client = client
         self._links = FittedLinks(links, PhotoFitter(NAME, PHOTO_BOUNDS))
         self._max_image_bytes = max_image_bytes
+        self._spool = spool
         self._clock = clock
         base = urlsplit(settings.base_url)
         self._host, self._path = base.netloc, f"{base.path}/"
@@ -220,11 +225,13 @@ class JimengProvider:
             RetryableError: after TaskOver where nothing more will come of it; else it is worth asking again.
         """
         trouble: Exception | None = None
+        inline = self._inline(images)
 
         async def ask() -> TaskEnd | None:
-            nonlocal trouble
+            nonlocal trouble, inline
+            inline = self._inline(images)
             named = self._named(task_id) | {"req_json": json.dumps({"return_url": True})}
-            told = await self._call(_RESULT, named, pair, max_images=max(1, len(images)))
+            told = await self._call(_RESULT, named, pair, inline=inline)
             if told.error is None:
                 return end_in(told.data)
             if told.is_verdict:
@@ -251,7 +258,7 @@ class JimengProvider:
         expires_at = self._clock() + _LINK_LIFETIME
         for index, image in zip(images, end.images, strict=False):
             try:
-                made = image.event(index, self._max_image_bytes, expires_at)
+                made = image.event(index, inline, expires_at)
             except ProviderUnavailableError as error:
                 broken = error
                 continue
@@ -260,12 +267,15 @@ class JimengProvider:
             yield TaskOver()
             raise broken
 
-    async def _call(self, action: str, body: Mapping[str, Any], pair: KeyPair, *, max_images: int = 0) -> Told:
+    def _inline(self, images: Sequence[int]) -> InlineImages:
+        return InlineImages(self._spool, most=max(1, len(images)), max_bytes=self._max_image_bytes, provider=self.name)
+
+    async def _call(self, action: str, body: Mapping[str, Any], pair: KeyPair, *, inline: InlineImages | None = None) -> Told:
         """
         Ask, signed with *pair*.
 
         Args:
-            max_images: how many may come in the answer.
+            inline: takes the images that may come in the answer.
         """
         content = json.dumps(body, ensure_ascii=False).encode()
         query = {"Action": action, "Version": _VERSIONS[action]}
@@ -277,7 +287,10 @@ class JimengProvider:
             f"{self._settings.base_url}/?{canonical_query(query)}",
             headers=headers,
             content=content,
-            max_bytes=max_images * (self._max_image_bytes * 4 // 3 + 4) + _MAX_FRAME_BYTES,
+            max_bytes=_MAX_FRAME_BYTES if inline is None else inline.max_answer_bytes,
             timeout=_CALL_TIMEOUT,
+            into=inline,
         )
+        if inline is not None:
+            answer = replace(answer, content=answer.content or inline.rest())
         return told_in(answer, is_submit=action == _SUBMIT, pair=pair, now=self._clock())
