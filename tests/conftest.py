@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 
 from jobdaemon.embedded import EmbeddedPostgres, binaries
@@ -30,6 +31,13 @@ _SERVER_OPTIONS = {
     "max_connections": "300",
     "max_wal_size": "256MB",
 }
+
+
+# A busy machine is no failure: nothing is judged by how long an example took. Thorough is what scripts/test --slow asks for
+# (--hypothesis-profile thorough); tests whose examples cost more than a millisecond say how many with tests/effort.py.
+settings.register_profile("quick", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
+settings.load_profile("quick")
 
 
 _PREFIX = "jobdaemon-test-"
