@@ -28,6 +28,8 @@ from jobdaemon.sandbox.shop import prompt_digest
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import until
 
+pytestmark = pytest.mark.newest_postgres
+
 ROOT = Path(__file__).parents[2]
 PORTRAIT = ROOT / "tests" / "data" / "astronaut.png"
 GOOD, BAD = "by a window", "in a wood"

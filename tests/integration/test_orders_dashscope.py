@@ -25,6 +25,8 @@ from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import until
 
+pytestmark = pytest.mark.newest_postgres
+
 PORTRAIT = Path(__file__).parents[1] / "data" / "astronaut.png"
 API, KEY = "dashscope", "sk-orders-test-0123456789"
 
