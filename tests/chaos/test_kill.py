@@ -54,11 +54,11 @@ def start(engine_database: str, data_dir: Path, tmp_path: Path) -> Iterator[Star
         for process in started:
             if process.poll() is None:
                 process.kill()
-            process.wait(timeout=10)
+            process.wait(timeout=60)
     print((tmp_path / "daemons.log").read_text(errors="replace"))  # noqa: T201 - shown when the test fails
 
 
-def _until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0, pause_s: float = 0.01) -> None:
+def _until(condition: Callable[[], bool], what: str, timeout_s: float = 100.0, pause_s: float = 0.01) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
@@ -99,27 +99,26 @@ def _check(orders: Orders, order_ids: list[int], data_dir: Path) -> None:
     assert spent == []
 
 
-@pytest.mark.parametrize(
-    ("queue", "moment"),
-    [
-        ("beautify", "at work"),
-        ("generate.local", "at work"),
-        ("upload", "at work"),
-        # Every stage ends by the same commit; an upload's is the one that may end the order.
-        ("upload", "committing"),
-        pytest.param("beautify", "committing", marks=pytest.mark.slow),
-        pytest.param("generate.local", "committing", marks=pytest.mark.slow),
-    ],
-)
-def test_killed_in_each_stage(
-    start: Start, sql: Sql, order_factory: Orders, engine_database: str, data_dir: Path, queue: str, moment: str
+def test_killed_in_one_stage_after_the_other(
+    start: Start, sql: Sql, order_factory: Orders, engine_database: str, data_dir: Path
 ) -> None:
-    """SIGKILL while a job of the stage works, or while its commit is under way: another daemon completes the order."""
-    sql.execute("SELECT jobdaemon.pause_queue(%s)", [queue])
-    first = start()
+    """SIGKILL in each stage of one order, each time a new daemon goes on from there: the last one completes the order."""
+    stages = {"beautify": "at work", "generate.local": "at work", "upload": "committing"}
+    for queue in stages:
+        sql.execute("SELECT jobdaemon.pause_queue(%s)", [queue])
     order_id = order_factory("Start", source=SOURCE, images=4, prompts=["studio portrait", "film portrait"])
+    for queue, moment in stages.items():
+        _killed_in(start(), sql, engine_database, order_id, queue, moment)
+    start()
+    _until(lambda: orders_done(order_factory, [order_id]), "the order's end")
+    _until(lambda: not any(_is_running(sql, queue) for queue in stages), "the last commit")
+    _check(order_factory, [order_id], data_dir)
+
+
+def _killed_in(first: subprocess.Popen[bytes], sql: Sql, url: str, order_id: int, queue: str, moment: str) -> None:
+    """Kill that daemon in this stage, whose queue is paused until there is something to do."""
     _until(lambda: _is_ready(sql, queue), f"a ready job in {queue}")
-    with psycopg.connect(engine_database) as locker:
+    with psycopg.connect(url) as locker:
         if moment == "committing":
             locker.execute("SELECT FROM jobdaemon.orders WHERE id = %s FOR UPDATE", [order_id])
         sql.execute("SELECT jobdaemon.resume_queue(%s)", [queue])
@@ -127,7 +126,20 @@ def test_killed_in_each_stage(
         if moment == "committing":
             _until(lambda: _commit_waits(sql), "a commit")
         first.kill()
-        first.wait(timeout=10)
+        first.wait(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["at work", "committing"])
+@pytest.mark.parametrize("queue", ["beautify", "generate.local", "upload"])
+def test_killed_in_each_stage(
+    start: Start, sql: Sql, order_factory: Orders, engine_database: str, data_dir: Path, queue: str, moment: str
+) -> None:
+    """SIGKILL while a job of the stage works, or while its commit is under way: another daemon completes the order."""
+    sql.execute("SELECT jobdaemon.pause_queue(%s)", [queue])
+    first = start()
+    order_id = order_factory("Start", source=SOURCE, images=4, prompts=["studio portrait", "film portrait"])
+    _killed_in(first, sql, engine_database, order_id, queue, moment)
     start()
     _until(lambda: orders_done(order_factory, [order_id]), "the order's end")
     _until(lambda: not any(_is_running(sql, name) for name in ("beautify", "generate.local", "upload")), "the last commit")
@@ -150,7 +162,7 @@ def test_terminated_within_the_grace(start: Start, sql: Sql, order_factory: Orde
     order_id = order_factory("Free", source=SOURCE)
     _until(lambda: _is_running(sql, "beautify"), "a job of beautify", pause_s=0.0)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=30) == 0
+    assert first.wait(timeout=60) == 0
     [job] = [job for job in order_factory.jobs(order_id) if job["queue_name"] == "beautify"]
     assert (job["status"], job["attempts"]) == ("succeeded", 1)
     row = sql.execute("SELECT status FROM jobdaemon.workers").fetchone()
@@ -166,7 +178,7 @@ def test_terminated_without_grace_hands_back(start: Start, sql: Sql, order_facto
     order_id = order_factory("Free", source=SOURCE)
     _until(lambda: _is_running(sql, "beautify"), "a job of beautify", pause_s=0.0)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=30) == 0
+    assert first.wait(timeout=60) == 0
     [job] = order_factory.jobs(order_id)
     assert (job["status"], job["attempts"], job["deaths"], job["scheduled_at"]) == ("todo", 0, None, None)
     outcomes = sql.execute("SELECT outcome FROM jobdaemon.attempts").fetchall()

@@ -221,12 +221,12 @@ def test_nothing_to_explain(sql: Sql, call: str, words: str) -> None:
     assert caught.value.sqlstate == "JD005"
 
 
-def test_a_listing_stays_cheap_behind_a_hundred_thousand(sql: Sql, order_factory: Orders, daemon_id: int) -> None:
-    """Of a long line at most 1,000 jobs are counted: 50 orders behind 100,000 jobs are listed in a moment."""
+def test_a_listing_stays_cheap_behind_a_long_line(sql: Sql, order_factory: Orders, daemon_id: int) -> None:
+    """Of a long line at most 1,000 jobs are counted: however many go first, the others are not looked at."""
     sql.execute("ALTER TABLE jobdaemon.procrastinate_jobs DISABLE TRIGGER USER")
     sql.execute(
         "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, priority, args)"
-        " SELECT 'beautify', %s, 200 + n %% 2 * 100, jsonb_build_object('order_id', n / 10) FROM generate_series(1, 100000) AS n",
+        " SELECT 'beautify', %s, 200 + n %% 2 * 100, jsonb_build_object('order_id', n / 10) FROM generate_series(1, 20000) AS n",
         [Task.BEAUTIFY],
     )
     sql.execute("ALTER TABLE jobdaemon.procrastinate_jobs ENABLE TRIGGER USER")
