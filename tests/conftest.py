@@ -15,9 +15,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 
 from jobdaemon.embedded import EmbeddedPostgres, binaries
+from tests.scratch import scratch_root
 
 # Read here because the environment is cleaned before each test.
 _OTHER_BIN_DIR = os.environ.get("JOBDAEMON_TEST_PG_BIN")
@@ -32,17 +34,14 @@ _SERVER_OPTIONS = {
 }
 
 
+# A busy machine is no failure: nothing is judged by how long an example took. Thorough is what scripts/test --slow asks for
+# (--hypothesis-profile thorough); tests whose examples cost more than a millisecond say how many with tests/effort.py.
+settings.register_profile("quick", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
+settings.load_profile("quick")
+
+
 _PREFIX = "jobdaemon-test-"
-#: A database in memory is cloned in 25 ms, on a busy disk in 120 ms (measured), and most tests want one.
-_MEMORY = Path("/dev/shm")
-_MEMORY_NEEDED_BYTES = 2 * 1024**3
-
-
-def _scratch_root() -> Path:
-    with suppress(OSError):
-        if os.access(_MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(_MEMORY).free > _MEMORY_NEEDED_BYTES:
-            return _MEMORY
-    return Path(tempfile.gettempdir())
 
 
 @dataclass(slots=True)
@@ -77,7 +76,7 @@ class PostgresServer:
 
 def _clear_up_after_killed_sessions() -> None:
     """Stop servers of sessions that were killed, and remove them; one without living users has a free lock."""
-    for folder in _scratch_root().glob(f"{_PREFIX}*"):
+    for folder in scratch_root().glob(f"{_PREFIX}*"):
         with suppress(OSError), (folder / "postgres" / "users.lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError, ProcessLookupError):
@@ -104,7 +103,7 @@ def postgres() -> Iterator[PostgresServer]:
     """The session's Postgres; another installation's with JOBDAEMON_TEST_PG_BIN."""
     _clear_up_after_killed_sessions()
     bin_dir = Path(_OTHER_BIN_DIR) if _OTHER_BIN_DIR else None
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_scratch_root()))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=scratch_root()))
     # As root the server is another user's, who must get through; the cluster itself stays closed.
     folder.chmod(0o711)
     try:

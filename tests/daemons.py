@@ -35,7 +35,7 @@ async def _pass(attempt: Attempt) -> None:
     """Let every attempt through at once."""
 
 
-async def until(condition: Callable[[], bool], *, timeout_s: float = 15.0) -> None:
+async def until(condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
     """Wait for what gives no signal: the state of rows, or of a process."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - see above

@@ -16,6 +16,7 @@ import pytest
 
 from jobdaemon.embedded import EmbeddedPostgres
 from jobdaemon.schema import migrate
+from tests.scratch import scratch_root
 
 PORTRAIT = Path(__file__).parents[1] / "data" / "astronaut.png"
 
@@ -47,7 +48,7 @@ def cold_data_dir() -> Iterator[Path]:
 @contextlib.contextmanager
 def _data_dir() -> Iterator[Path]:
     """A folder that Postgres's own user can reach; its server is stopped in the end, whoever was killed."""
-    folder = Path(tempfile.mkdtemp(prefix="jobdaemon-test-"))
+    folder = Path(tempfile.mkdtemp(prefix="jobdaemon-test-", dir=scratch_root()))
     folder.chmod(0o755)
     try:
         yield folder
@@ -76,7 +77,7 @@ def environ(data_dir: Path) -> dict[str, str]:
 def jobdaemon(environ: dict[str, str], tmp_path: Path) -> Command:
     """Run one command to its end."""
 
-    def run(*arguments: object, timeout: float = 90, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
             [sys.executable, "-m", "jobdaemon", *map(str, arguments)],
             env=environ | variables,
@@ -113,4 +114,4 @@ def start(environ: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., sub
     for process in started:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)

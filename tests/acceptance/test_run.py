@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from jobdaemon.embedded import EmbeddedPostgres
 from tests.acceptance.conftest import PORTRAIT, Command
+from tests.scratch import scratch_root
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -26,7 +28,7 @@ def notify_socket(path: Path) -> Iterator[tuple[socket.socket, Callable[[str], s
     """Systemd's end of the notify protocol; the function waits for a message that holds some words."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
         server.bind(str(path))
-        server.settimeout(30)
+        server.settimeout(60)
 
         def receive(words: str) -> str:
             while True:
@@ -50,7 +52,7 @@ def test_systemd_hears_ready_watchdog_and_stopping(start: Start, tmp_path: Path)
         receive("READY=1")
         daemon.send_signal(signal.SIGTERM)
         receive("STOPPING=1")
-        assert daemon.wait(timeout=20) == 0
+        assert daemon.wait(timeout=60) == 0
 
 
 def test_a_frozen_daemon_feeds_no_watchdog(start: Start, tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def silence(server: socket.socket) -> None:
     server.settimeout(1)
     with pytest.raises(TimeoutError):
         server.recv(4096)
-    server.settimeout(30)
+    server.settimeout(60)
 
 
 def test_orders_enqueued_by_sql_are_made_by_the_daemon(jobdaemon: Command, start: Start, tmp_path: Path, data_dir: Path) -> None:
@@ -97,7 +99,7 @@ def test_orders_enqueued_by_sql_are_made_by_the_daemon(jobdaemon: Command, start
             row = connection.execute("SELECT count(*), min(status) FROM jobdaemon.orders WHERE customer = 'psql'").fetchone()
             assert row == (1, "completed")
         daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(timeout=20) == 0
+        assert daemon.wait(timeout=60) == 0
 
 
 def store_portrait(data_dir: Path) -> str:
@@ -116,8 +118,8 @@ def enqueue(connection: psycopg.Connection[tuple[object, ...]], key: str) -> tup
 
 def test_run_waits_for_a_database_that_is_down(start: Start, tmp_path: Path) -> None:
     """A daemon that starts before its database says so, asks systemd for time, and works once the database is there."""
-    folder = Path("/tmp") / f"jobdaemon-test-{tmp_path.name}"
-    folder.mkdir(mode=0o755)
+    folder = Path(tempfile.mkdtemp(prefix="jobdaemon-test-", dir=scratch_root()))
+    folder.chmod(0o755)
     try:
         server = EmbeddedPostgres(folder)
         url = server.acquire()
@@ -131,7 +133,7 @@ def test_run_waits_for_a_database_that_is_down(start: Start, tmp_path: Path) -> 
             server.acquire()
             receive("READY=1")
             daemon.send_signal(signal.SIGTERM)
-            assert daemon.wait(timeout=20) == 0
+            assert daemon.wait(timeout=60) == 0
             server.release()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -174,7 +176,7 @@ def test_json_logs_hold_one_line_per_event(start: Start, tmp_path: Path) -> None
         daemon = start("run", NOTIFY_SOCKET=str(address))
         receive("READY=1")
         daemon.send_signal(signal.SIGTERM)
-        _, errors = daemon.communicate(timeout=20)
+        _, errors = daemon.communicate(timeout=60)
     assert [json.loads(line)["event"] for line in errors.splitlines()][:2] == ["daemon started", "daemon ready"]
 
 
@@ -186,7 +188,7 @@ def test_an_embedded_postgres_that_is_killed_comes_back(
     with notify_socket(address) as (_, receive):
         daemon = start("run", NOTIFY_SOCKET=str(address))
         receive("READY=1")
-        result = jobdaemon("enqueue", PORTRAIT, "--plan", "Start", "--json")
+        result = jobdaemon("enqueue", PORTRAIT, "--plan", "Start", "--images", "6", "--json")
         order_id = json.loads(result.stdout)["order_id"]
         os.kill(postmaster(cold_data_dir), signal.SIGKILL)
         assert daemon.stderr is not None
@@ -196,7 +198,7 @@ def test_an_embedded_postgres_that_is_killed_comes_back(
         result = jobdaemon("order", order_id, "--watch")
         assert result.returncode == 0, result.stderr
         daemon.send_signal(signal.SIGTERM)
-        daemon.communicate(timeout=20)
+        daemon.communicate(timeout=60)
         assert daemon.returncode == 0
 
 

@@ -48,6 +48,8 @@ class Plan:
         freeze_every: from, to; every second freeze lasts longer than the lease.
         backlog: how many jobs wait at the provider's queue, at least.
         drain_s: how long all that is left may take in the end.
+        at_least: starts that fill the limit, five times as many in all, a kill and a freeze: on a busy machine it goes on for
+            *patience_s* more until there were so many. 0: what comes in *seconds* is enough.
     """
 
     seconds: float
@@ -62,6 +64,8 @@ class Plan:
     freeze_every: tuple[float, float] = (8.0, 25.0)
     backlog: int = 40
     drain_s: float = 90.0
+    at_least: int = 0
+    patience_s: float = 60.0
 
 
 @dataclass(slots=True)
@@ -182,16 +186,32 @@ class Chaos:
             self._every(lambda: 0.2, lambda: self._feed(pool)),
             self._every(lambda: 0.05, lambda: self._sample(pool)),
         ]
-        stop = asyncio.get_running_loop().time() + plan.seconds
+        is_over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for trouble in troubles:
-                group.create_task(trouble(stop))
+                group.create_task(trouble(is_over))
+            await asyncio.sleep(plan.seconds)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(plan.patience_s):
+                    while not await self._has_seen_enough():  # noqa: ASYNC110 - the referee gives no signal
+                        await asyncio.sleep(0.3)
+            is_over.set()
 
-    def _every(self, pause_s: Callable[[], float], act: Callable[[], Any]) -> Callable[[float], Any]:
-        async def repeat(stop: float) -> None:
-            clock = asyncio.get_running_loop().time
-            while clock() + (rest_s := pause_s()) < stop:
-                await asyncio.sleep(rest_s)
+    async def _has_seen_enough(self) -> bool:
+        at_least, figures = self._plan.at_least, self.figures
+        if not at_least:
+            return True
+        async with self._http.get("/_sandbox/report") as answer:
+            report = await answer.json()
+        is_busy = report["starts"] > 5 * at_least and report["queues"][QUEUE]["at_limit"] > at_least
+        return is_busy and figures.kills > 0 and figures.freezes > 0
+
+    def _every(self, pause_s: Callable[[], float], act: Callable[[], Any]) -> Callable[[asyncio.Event], Any]:
+        async def repeat(is_over: asyncio.Event) -> None:
+            while not is_over.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(is_over.wait(), pause_s())
+                    return
                 await act()
 
         return repeat

@@ -61,6 +61,16 @@ class _Postgres(Protocol):
     def drop_database(self, name: str) -> None: ...
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On tables as procrastinate makes them each connector is tried in one schema; the other pairs are for thorough runs."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        variant, kind = parameters.get("_made_database"), parameters.get("connector_kind")
+        if (variant, type(kind)) in ((("stock", "public"), AsyncpgKind), (("stock", "jobdaemon"), PsycopgKind)):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def database_in() -> Callable[[str, str], ProcrastinateDatabase]:
     """Make an empty schema in a database of the test's own."""

@@ -25,6 +25,8 @@ from procrastinate.schema import SchemaManager
 from jobdaemon.errors import SettingsError
 from jobdaemon.queue.connector import AsyncpgConnector
 
+pytestmark = pytest.mark.newest_postgres
+
 _TIMEOUT_S = 20
 _MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 

@@ -14,6 +14,8 @@ from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Write
 from jobdaemon.queue.store import PostgresJobStore
 from tests.factories import Claimed, Orders, Row, Sql, beautified
 
+pytestmark = pytest.mark.newest_postgres
+
 QUEUE = "generate.local"
 
 

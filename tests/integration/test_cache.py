@@ -26,6 +26,8 @@ from tests.daemons import until
 from tests.factories import Row
 from tests.integration.test_orders_openai_images import API, PORTRAIT, daemon, settings_for
 
+pytestmark = pytest.mark.newest_postgres
+
 
 class Shop:
     """Orders of one photo, and what became of them."""

@@ -19,6 +19,7 @@ from jobdaemon.errors import ProviderUnavailableError, RateLimitedError
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
 from tests.daemons import NO_POLL, Stages, running_daemon, until
+from tests.effort import examples
 from tests.factories import RULES, Jobs, Row, Sql
 
 QUEUE = "generate.local"
@@ -174,7 +175,7 @@ async def test_an_operator_in_the_middle_of_a_change_holds_no_commit_up(
     first, second, _ = await store.claim(QUEUE, daemon_id, 3)
     with sql.transaction():
         sql.execute("UPDATE jobdaemon.queues SET fair_share = 3 WHERE name = %s", [QUEUE])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await store.commit([ended(first, Signal.CAPACITY)], daemon_id=daemon_id)
     assert queue(sql)["adaptive_limit"] is None
     await store.commit([ended(second, Signal.CAPACITY)], daemon_id=daemon_id)
@@ -280,7 +281,7 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows, st.lists(st.integers(1, 12), max_size=7), st.integers(0, 8), st.none() | st.integers(0, 6), st.booleans())
 def test_the_claim_decides_as_the_model_does(
     job_factory: Jobs, state: QueueState, running: list[int], asked: int, cluster_limit: int | None, paused: bool

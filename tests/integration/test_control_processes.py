@@ -90,6 +90,7 @@ def _seconds_until_at_most(sql: Sql, most: int) -> float:
     return seconds
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("crew")
 def test_changes_reach_three_processes_within_a_second(sql: Sql) -> None:
     """resize, pause and resume are effective on every daemon within a second of the call, attempts that run out included."""

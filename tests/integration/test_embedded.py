@@ -24,6 +24,7 @@ import jobdaemon
 from jobdaemon.embedded import EmbeddedPostgres, binaries
 from jobdaemon.embedded import account as account_module
 from jobdaemon.errors import DatabaseUnavailableError
+from tests.scratch import scratch_root
 
 #: Nothing here is about durability but the tests that kill a postmaster, and those do not cut the power.
 FAST = {"fsync": "off"}
@@ -77,12 +78,32 @@ class User:
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
     """A data directory that a system user can reach; whatever server a failed test left there is ended."""
-    folder = Path(tempfile.mkdtemp(prefix="jd-"))
+    folder = Path(tempfile.mkdtemp(prefix="jd-", dir=scratch_root()))
     folder.chmod(0o711)
     yield folder / "data"
     for pid_file in folder.rglob("postmaster.pid"):
         os.kill(int(pid_file.read_text().split()[0]), signal.SIGKILL)
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def made_home() -> Iterator[Path]:
+    """What a first command leaves in a data directory, to be copied."""
+    folder = Path(tempfile.mkdtemp(prefix="jd-", dir=scratch_root()))
+    folder.chmod(0o711)
+    with EmbeddedPostgres(folder / "data", options=FAST):
+        pass
+    yield folder / "data"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def made_before(data_dir: Path, made_home: Path) -> None:
+    """For tests that are not about how the cluster is made: it is there."""
+    subprocess.run(["cp", "-a", str(made_home), str(data_dir)], check=True)  # keeps its owner
+
+
+has_cluster = pytest.mark.usefixtures("made_before")
 
 
 @pytest.fixture
@@ -131,7 +152,7 @@ def is_stopped(data_dir: Path) -> bool:
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Wait for what another process does and cannot tell us."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.005)
@@ -176,6 +197,7 @@ def test_socket_is_closed_to_other_users(data_dir: Path) -> None:
             assert stat.S_IMODE((data_dir / "postgres" / folder).stat().st_mode) == 0o700
 
 
+@has_cluster
 def test_settings_of_the_environment_do_not_matter(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PGPORT and PGDATA in the caller's environment, as a developer may have them, change nothing."""
     monkeypatch.setenv("PGPORT", "6543")
@@ -198,6 +220,7 @@ def test_commands_that_start_at_once_share_one_server(data_dir: Path, user: Call
     assert is_stopped(data_dir)
 
 
+@has_cluster
 def test_stopping_and_starting_never_meet(data_dir: Path) -> None:
     """Threads that acquire and release as fast as they can always get a server that answers."""
     failures: list[BaseException] = []
@@ -219,6 +242,7 @@ def test_stopping_and_starting_never_meet(data_dir: Path) -> None:
     assert is_stopped(data_dir)
 
 
+@has_cluster
 def test_killed_user_is_forgotten(data_dir: Path, user: Callable[[], User]) -> None:
     """A command ended by kill -9 does not keep the server from being stopped by the last living one."""
     killed, last = user(), user()
@@ -229,6 +253,7 @@ def test_killed_user_is_forgotten(data_dir: Path, user: Callable[[], User]) -> N
     assert is_stopped(data_dir)
 
 
+@has_cluster
 def test_server_of_a_killed_last_user_is_found_again(data_dir: Path, user: Callable[[], User]) -> None:
     """A server whose only user was killed goes on, serves the next command, and is stopped by it."""
     killed = user()
@@ -239,6 +264,7 @@ def test_server_of_a_killed_last_user_is_found_again(data_dir: Path, user: Calla
     assert is_stopped(data_dir)
 
 
+@has_cluster
 def test_ctrl_c_does_not_reach_the_server(data_dir: Path, user: Callable[[], User]) -> None:
     """An interrupt of the terminal's whole process group ends the command and leaves the server to the others."""
     with EmbeddedPostgres(data_dir, options=FAST) as server:
@@ -256,6 +282,7 @@ def test_ctrl_c_does_not_reach_the_server(data_dir: Path, user: Callable[[], Use
     assert value(url, "SELECT 1") == 1
 
 
+@has_cluster
 def test_server_holds_no_lock(data_dir: Path) -> None:
     """The server inherits no open file of its starter, or it would count as a user of itself for ever."""
     if not Path("/proc/self/fd").exists():
@@ -265,6 +292,7 @@ def test_server_holds_no_lock(data_dir: Path) -> None:
     assert not [name for name in files if name.endswith(".lock") and "PGSQL" not in name]
 
 
+@has_cluster
 def test_killed_postmaster_is_started_again(data_dir: Path) -> None:
     """After kill -9 of the postmaster a holder that asks again gets a new server with everything that was committed."""
     with EmbeddedPostgres(data_dir) as server:
@@ -277,6 +305,7 @@ def test_killed_postmaster_is_started_again(data_dir: Path) -> None:
     assert is_stopped(data_dir)
 
 
+@has_cluster
 @pytest.mark.parametrize("number", ["living", "gone"])
 def test_stale_pid_file_does_not_keep_it_from_starting(data_dir: Path, number: str) -> None:
     """After a reboot the pid file names a process that is gone, or that is something else by now: both start."""
@@ -294,6 +323,7 @@ def test_stale_pid_file_does_not_keep_it_from_starting(data_dir: Path, number: s
         assert value(server.acquire(), "SELECT 1") == 1
 
 
+@has_cluster
 def test_removed_socket_is_mended(data_dir: Path) -> None:
     """A running server whose socket was cleaned away is of no use: the next command restarts it."""
     with EmbeddedPostgres(data_dir, options=FAST) as server:
@@ -354,6 +384,7 @@ def test_foreign_socket_folder_is_refused(data_dir: Path, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@has_cluster
 def test_other_major_version_is_refused(data_dir: Path) -> None:
     """A cluster of another PostgreSQL says so, with both versions, and stays as it is."""
     with EmbeddedPostgres(data_dir, options=FAST):
@@ -366,6 +397,7 @@ def test_other_major_version_is_refused(data_dir: Path) -> None:
     assert is_stopped(data_dir)
 
 
+@has_cluster
 def test_foreign_folder_is_refused(data_dir: Path) -> None:
     """A folder with other things in the cluster's place is neither used nor emptied."""
     with EmbeddedPostgres(data_dir, options=FAST):

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import errors
 
+from tests.effort import examples
 from tests.factories import SOURCE, Orders, Sql
 
 TABLES = ("orders", "images", "procrastinate_jobs", "procrastinate_events")
@@ -91,7 +92,7 @@ def test_key_belongs_to_its_customer_and_outlives_the_order(order_factory: Order
     assert order_factory("Free", customer="a", key="") != order_factory("Free", customer="a", key="")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_prompts_are_dealt_in_order(order_factory: Orders, data: st.DataObject) -> None:
     """K prompts are dealt over N images in order, N/K each and the first N mod K one more."""

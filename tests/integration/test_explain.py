@@ -1,4 +1,4 @@
-"""Plans that must not be spoiled: with a hundred thousand rows beside and behind, the hot statements touch a handful of pages."""
+"""Plans that must not be spoiled: with tens of thousands of rows beside and behind, hot statements touch a handful of pages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from tests.effort import IS_THOROUGH
 from tests.factories import Sql
 
-MANY = 100_000
+#: The plans are the same from some ten thousand rows on.
+MANY = 100_000 if IS_THOROUGH else 25_000
 
 
 @pytest.fixture(scope="module")
 def crowded(postgres: Any, engine_template: str) -> Iterator[Sql]:
-    """100,000 ready jobs in another queue, as many scheduled in the same, and 10,000 orders with jobs."""
+    """MANY ready jobs in another queue, as many scheduled in the same, and a tenth as many orders with jobs."""
     name = postgres.create_database(template=engine_template)
     with psycopg.connect(postgres.url(name), autocommit=True, row_factory=dict_row) as connection:
         connection.execute("ALTER TABLE jobdaemon.procrastinate_jobs DISABLE TRIGGER USER")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import timedelta
 from typing import Any
 
@@ -222,22 +221,19 @@ def test_nothing_to_explain(sql: Sql, call: str, words: str) -> None:
     assert caught.value.sqlstate == "JD005"
 
 
-def test_a_listing_stays_cheap_behind_a_hundred_thousand(sql: Sql, order_factory: Orders, daemon_id: int) -> None:
-    """Of a long line at most 1,000 jobs are counted: 50 orders behind 100,000 jobs are listed in a moment."""
+def test_a_listing_stays_cheap_behind_a_long_line(sql: Sql, order_factory: Orders, daemon_id: int) -> None:
+    """Of a long line at most 1,000 jobs are counted: however many go first, the others are not looked at."""
     sql.execute("ALTER TABLE jobdaemon.procrastinate_jobs DISABLE TRIGGER USER")
     sql.execute(
         "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, priority, args)"
-        " SELECT 'beautify', %s, 200 + n %% 2 * 100, jsonb_build_object('order_id', n / 10) FROM generate_series(1, 100000) AS n",
+        " SELECT 'beautify', %s, 200 + n %% 2 * 100, jsonb_build_object('order_id', n / 10) FROM generate_series(1, 20000) AS n",
         [Task.BEAUTIFY],
     )
     sql.execute("ALTER TABLE jobdaemon.procrastinate_jobs ENABLE TRIGGER USER")
     sql.execute("VACUUM ANALYZE jobdaemon.procrastinate_jobs")
     sql.execute("ALTER TABLE jobdaemon.orders ALTER COLUMN id RESTART WITH 1000000")
     orders = [order_factory(plan) for plan in ("Free", "Start", "Pro", "Free", "Pro") * 10]
-    began = time.perf_counter()
     rows = sql.execute("SELECT * FROM jobdaemon.order_progress ORDER BY order_id DESC LIMIT 50").fetchall()
-    seconds = time.perf_counter() - began
-    assert seconds < 2  # measured: 20 ms
     assert daemon_id
     assert {row["waiting_for"] for row in rows} == {"1000+ jobs go first in queue beautify"}
     assert _reasons(sql, orders[-1])["behind"] == {"jobs": 1000, "or_more": True, "told": "1000+ jobs go first in queue beautify"}

@@ -21,6 +21,7 @@ from jobdaemon.domain.job import Job, NewJob, Task
 from jobdaemon.domain.outcome import End, Transition
 from jobdaemon.domain.picking import LIFTED_PRIORITY, ReadyJob, longest_wait, pick
 from jobdaemon.queue.store import PostgresJobStore
+from tests.effort import IS_THOROUGH, examples
 from tests.factories import Claimed, Jobs, Orders, Sql, beautified, generated
 
 TOP = 300  # Free's priority in the tests' plans
@@ -83,7 +84,7 @@ def passed_in(sql: Sql) -> int:
     return 0 if row is None else int(row["passed"])
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(jobs=st.lists(JOBS, max_size=40), fair_share=st.none() | st.integers(1, 4), rounds=ROUNDS)
 @example(jobs=[ReadyJob(0, 0, 1, "a")] * 40, fair_share=1, rounds=[(8, 0), (8, 3)])
 @example(  # found by chance: jobs that only wait for another one's lock are no choice and take nobody's place
@@ -120,7 +121,7 @@ def test_the_claim_picks_what_the_model_picks(
                 board.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded' WHERE id = %s", [job_id])
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     head=st.integers(500, 900),
     tail=st.lists(JOBS.map(lambda job: replace(job, lock=None)), max_size=25),
@@ -188,7 +189,7 @@ def neighbours(board: Sql) -> list[str]:
     return ["", *(row["name"] for rows in lanes for row in rows)]
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     blocks=BLOCKS,
     running=st.lists(st.sampled_from([1, 1, 1, 1, 2, 3, 12]), max_size=8),
@@ -305,6 +306,7 @@ async def test_customer_travels_with_the_order(claimed_job_factory: Claimed, sql
     assert [row["args"] for row in orders.jobs(anonymous)] == [{"order_id": anonymous}]
 
 
+@pytest.mark.slow
 def test_fifty_thousand_capped_jobs_at_the_head_cost_little(board: Sql) -> None:
     """Behind 50,000 waiting jobs of a capped customer a claim touches a few hundred pages, with and without statistics."""
     board.execute("VACUUM jobdaemon.procrastinate_jobs")  # of what other tests have rolled back
@@ -383,13 +385,13 @@ def looked_at(sql: Sql) -> dict[str, int]:
 
 
 async def test_free_takes_the_very_next_slot(store: PostgresJobStore, daemon_id: int, sql: Sql, job_factory: Jobs) -> None:
-    """Free that arrives while Pro fills every slot takes the very next free one, each of 1,000 times."""
+    """Free that arrives while Pro fills every slot takes the very next free one, every time."""
     sql.execute("SELECT jobdaemon.resize_queue('upload', cluster_limit => 4)")
     put(sql, [ReadyJob(n, 100, n, "pro") for n in range(1, 1101)])
     sql.execute("SELECT setval('jobdaemon.procrastinate_jobs_id_seq', 5000)")
     running = [job.id for job in await store.claim("upload", daemon_id, 4)]
     assert len(running) == 4
-    for round_ in range(1000):
+    for round_ in range(1000 if IS_THOROUGH else 100):
         free = job_factory(priority=TOP, args={"order_id": 100_000 + round_})
         assert await store.claim("upload", daemon_id, 1) == []
         sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded' WHERE id = %s", [running.pop(0)])

@@ -28,6 +28,8 @@ from jobdaemon.sandbox.shop import prompt_digest
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import until
 
+pytestmark = pytest.mark.newest_postgres
+
 ROOT = Path(__file__).parents[2]
 PORTRAIT = ROOT / "tests" / "data" / "astronaut.png"
 GOOD, BAD = "by a window", "in a wood"
@@ -80,7 +82,7 @@ async def daemon(settings: Settings, url: str, seen: list[Event] | None = None) 
     async with open_daemon(settings, url, events) as daemon:
         task = asyncio.ensure_future(daemon.supervisor.run(wait_for_database=True))
         try:
-            await ready.wait(20)
+            await ready.wait(60)
             yield daemon
         finally:
             daemon.supervisor.stop("the test is over")
@@ -301,12 +303,12 @@ async def test_a_cancelled_orders_task_is_stopped(database: str, order: Order, t
             await until(lambda: server.open == 1, timeout_s=60)
             if not is_gone:
                 order.connection.execute("SELECT jobdaemon.cancel_order(%s)", [order.id])
-                await until(lambda: server.open == 0 and order.calls() == [(COMFYUI, "cancelled", [1])], timeout_s=10)
+                await until(lambda: server.open == 0 and order.calls() == [(COMFYUI, "cancelled", [1])], timeout_s=60)
         if is_gone:
             assert server.open == 1
             order.connection.execute("SELECT jobdaemon.cancel_order(%s)", [order.id])
             async with daemon(settings, database):
-                await until(lambda: server.open == 0 and order.calls() == [(COMFYUI, "cancelled", [1])], timeout_s=10)
+                await until(lambda: server.open == 0 and order.calls() == [(COMFYUI, "cancelled", [1])], timeout_s=60)
         assert _bought(sandbox, COMFYUI) == {}
     assert order.ended() == ("cancelled", None)
     assert order.rows("SELECT FROM jobdaemon.explain_order(%s)") == []
@@ -320,5 +322,5 @@ async def test_an_expired_orders_task_is_stopped(database: str, order: Order, tm
             await order.place(running, COMFYUI, images=1)
             await until(lambda: server.open == 1, timeout_s=60)
             order.rows("UPDATE jobdaemon.orders SET expires_at = now() WHERE id = %s RETURNING id")
-            await until(lambda: server.open == 0 and order.calls() == [(COMFYUI, "cancelled", [1])], timeout_s=10)
+            await until(lambda: server.open == 0 and order.calls() == [(COMFYUI, "cancelled", [1])], timeout_s=60)
     assert order.ended()[0] == "failed"

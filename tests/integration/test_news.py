@@ -106,7 +106,7 @@ async def test_a_retry_after_is_a_rest(engine_database: str, job_factory: Jobs) 
     async with running_daemon(engine_database, Stages(gate=provider), team_size=5) as daemon:
         rested = daemon.events.expect(QueueRests)
         _fill(job_factory, 5)
-        rest = await rested.wait(10)
+        rest = await rested.wait(60)
         await asyncio.sleep(0.3)  # the others of the burst must not tell it again
         assert _told(QueueRests, daemon) == [rest]
     assert 55 < rest.seconds <= 60

@@ -23,6 +23,8 @@ from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import until
 
+pytestmark = pytest.mark.newest_postgres
+
 PORTRAIT = Path(__file__).parents[1] / "data" / "astronaut.png"
 API = "jimeng"
 KEY = "AKorders"
@@ -64,7 +66,7 @@ async def daemon(settings: Settings, url: str) -> AsyncIterator[Daemon]:
     async with open_daemon(settings, url, events) as daemon:
         task = asyncio.ensure_future(daemon.supervisor.run(wait_for_database=True))
         try:
-            await ready.wait(20)
+            await ready.wait(60)
             yield daemon
         finally:
             daemon.supervisor.stop("the test is over")

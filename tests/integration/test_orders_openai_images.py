@@ -54,7 +54,7 @@ async def daemon(settings: Settings, url: str) -> AsyncIterator[Daemon]:
     async with open_daemon(settings, url, events) as daemon:
         task = asyncio.ensure_future(daemon.supervisor.run(wait_for_database=True))
         try:
-            await ready.wait(20)
+            await ready.wait(60)
             yield daemon
         finally:
             daemon.supervisor.stop("the test is over")

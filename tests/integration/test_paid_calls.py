@@ -101,7 +101,7 @@ async def test_a_standstill_stops_paid_calls_before_they_go_on(
         doubt = daemon.events.expect(LeaseInDoubt)
         calls.answer()
         time.sleep(1.5 * LEASE_S)  # noqa: ASYNC251 - the whole process stands still, as after SIGSTOP
-        assert (await doubt.wait(10)).aborted == 1
+        assert (await doubt.wait(60)).aborted == 1
         await until(lambda: FREE in calls.went_on and calls.waiting.count(PAID) == 2)
         assert (calls.stopped, calls.went_on) == ([PAID], [FREE])
         assert _attempts(sql, paid) == [{"outcome": "handed_back", "error": "this process stood still for most of its lease"}]
@@ -149,7 +149,7 @@ async def test_beats_that_do_not_get_through_stop_paid_calls(
         doubt = daemon.events.expect(LeaseInDoubt)
         with psycopg.connect(engine_database) as locker:
             locker.execute("SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
-            assert (await doubt.wait(10)).aborted == 1
+            assert (await doubt.wait(60)).aborted == 1
             [silent] = sql.execute(
                 "SELECT extract(epoch FROM clock_timestamp() - max(w.last_heartbeat))::float8 AS s"
                 " FROM jobdaemon.procrastinate_workers w"
@@ -175,10 +175,10 @@ async def test_while_postgres_is_away_nothing_is_stopped(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND application_name LIKE 'jobdaemon %%'",
             [name],
         )
-        await lost.wait(10)
+        await lost.wait(60)
         await asyncio.sleep(2 * LEASE_S)
         postgres.admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-        await back.wait(10)
+        await back.wait(60)
         calls.answer()
         await until(lambda: sorted(calls.went_on) == sorted([PAID, FREE]))
         assert (calls.stopped, _doubts(daemon)) == ([], [])

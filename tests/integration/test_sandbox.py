@@ -55,7 +55,7 @@ async def _report(http: aiohttp.ClientSession) -> dict[str, Any]:
 
 
 async def _until_open(sandbox: Sandbox, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while sandbox.referee.open_calls("generate.x") != count:  # noqa: ASYNC110 - the server gives no signal
             await asyncio.sleep(0.005)
 

@@ -49,7 +49,7 @@ def test_every_change_of_a_queue_is_told(engine_database: str, sql: Sql) -> None
         before = sql.execute("SELECT updated_at FROM jobdaemon.queues WHERE name = 'upload'").fetchone()
         sql.execute("SELECT jobdaemon.pause_queue('upload')")
         sql.execute("UPDATE jobdaemon.queues SET cluster_limit = 3 WHERE name = 'beautify'")
-        assert [notify.payload for notify in listener.notifies(timeout=5, stop_after=2)] == ["upload", "beautify"]
+        assert [notify.payload for notify in listener.notifies(timeout=60, stop_after=2)] == ["upload", "beautify"]
         after = sql.execute("SELECT updated_at FROM jobdaemon.queues WHERE name = 'upload'").fetchone()
     assert before is not None
     assert after is not None
@@ -65,7 +65,7 @@ def test_a_transaction_tells_once_per_queue(engine_database: str, sql: Sql) -> N
             "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, scheduled_at) VALUES ('upload', 'x', NULL),"
             " ('upload', 'x', NULL), ('beautify', 'x', now() + interval '1 hour'), ('mail', 'x', NULL)"
         )
-        heard = [(notify.channel, notify.payload) for notify in listener.notifies(timeout=5, stop_after=4)]
+        heard = [(notify.channel, notify.payload) for notify in listener.notifies(timeout=60, stop_after=4)]
     ours = sorted(notify for notify in heard if notify[0].startswith("jobdaemon"))
     assert ours == [("jobdaemon_jobs", "upload"), ("jobdaemon_scheduled", "beautify")]
     assert {channel for channel, _ in heard if channel.startswith("procrastinate")} == {

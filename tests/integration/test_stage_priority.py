@@ -15,6 +15,7 @@ from jobdaemon.domain.outcome import End, Transition
 from jobdaemon.domain.picking import LIFTED_PRIORITY
 from jobdaemon.domain.plan import Plan, top_priority
 from jobdaemon.queue.store import PostgresJobStore
+from tests.effort import examples
 from tests.factories import PLANS, QUEUES, Claimed, Orders, Row, Sql, beautified, generated, plan
 
 STAGES = ("beautify", "generate", "upload")
@@ -152,7 +153,7 @@ PLANS_OF_ANY_KIND = st.lists(
 )
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLANS_OF_ANY_KIND, st.sampled_from(["beautify", "generate.local", "generate.a.b", "upload", "uploads"]))
 def test_sql_says_what_the_model_says(order_factory: Orders, values: list[tuple[int, dict[str, int]]], queue: str) -> None:
     """job_priority and top_priority are Plan.priority_in and domain's top_priority, for any plans and any queue."""

@@ -45,10 +45,10 @@ async def test_nothing_is_claimed_under_a_lapsed_lease(engine_database: str, sql
         with psycopg.connect(engine_database) as locker:
             # Heartbeats wait for this lock, claims do not.
             locker.execute("SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
-            await lost.wait(10)
+            await lost.wait(60)
             await until(lambda: sql.execute(SILENT, [LEASE_S]).fetchall() == [{"is_lost": True}])
             job_factory(task="jobdaemon.unknown")
             await asyncio.sleep(0.3)  # a claim would take a few milliseconds
-        await finished.wait(10)
+        await finished.wait(60)
     [claim] = sql.execute("SELECT silent_s FROM public.claims").fetchall()
     assert claim["silent_s"] < LEASE_S

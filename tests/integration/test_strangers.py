@@ -157,7 +157,7 @@ async def test_who_holds_the_order_comes_first(claimed_job_factory: Claimed, ord
     sql.execute("DELETE FROM jobdaemon.procrastinate_jobs")
     with sql.transaction():
         sql.execute("SELECT FROM jobdaemon.orders WHERE id = %s FOR UPDATE", [order_id])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert await claimed_job_factory.store.mend_orders([order_id], lambda provider: 1) == []
     assert len(await _mend(claimed_job_factory.store)) == 1
 
@@ -198,7 +198,7 @@ async def test_a_stock_cancel_is_told(engine_database: str, order_factory: Order
         order_id = order_factory("Free")
         [job] = order_factory.jobs(order_id)
         sql.execute("SELECT jobdaemon.procrastinate_cancel_job_v1(%s, false, false)", [job["id"]])
-        assert await settled.wait(10) == OrderSettled(order_id, "failed")
+        assert await settled.wait(60) == OrderSettled(order_id, "failed")
         assert OrderMended(order_id, jobs=0, failures=1) in daemon.seen
 
 

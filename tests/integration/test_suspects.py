@@ -51,7 +51,7 @@ async def test_a_suspect_runs_alone(engine_database: str, job_factory: Jobs, sql
         sql.execute("SELECT jobdaemon.pause_queue('beautify')")
         suspect = _suspect(sql, job_factory("beautify", "jobdaemon.beautify"))
         sql.execute("SELECT jobdaemon.resume_queue('beautify')")
-        assert (await isolated.wait(10)).job_id == suspect
+        assert (await isolated.wait(60)).job_id == suspect
         later = [job_factory("upload"), job_factory("generate.local", "jobdaemon.generate")]
         await asyncio.sleep(0.3)  # nothing must start
         assert set(room.inside) == {first}
@@ -72,7 +72,7 @@ async def test_two_suspects_run_one_after_the_other(engine_database: str, job_fa
     async with running_daemon(engine_database, Stages(room.gate), engine=NO_POLL) as daemon:
         back = daemon.events.expect(JobFinished, lambda event: event.outcome == "handed_back")
         sql.execute("SELECT jobdaemon.resume_queue('upload')")
-        second = (await back.wait(10)).job_id
+        second = (await back.wait(60)).job_id
         [first] = set(suspects) - {second}
         await until(lambda: set(room.inside) == {first})
         row = job_factory.row(second)
@@ -98,7 +98,7 @@ async def test_a_suspect_that_waits_can_be_handed_back(engine_database: str, job
             "UPDATE jobdaemon.procrastinate_jobs SET status = 'todo', deaths = %s, attempts = 0 WHERE id = %s",
             [SUSPECT_AFTER, suspect],
         )
-        await isolated.wait(10)
+        await isolated.wait(60)
     row = job_factory.row(suspect)
     assert (row["status"], row["attempts"], row["deaths"], row["worker_id"]) == ("todo", 0, SUSPECT_AFTER, None)
 

@@ -11,6 +11,7 @@ import pytest
 from jobdaemon.domain.job import PREWARM_PRIORITY, Job, Task
 from jobdaemon.domain.outcome import End
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW, after_death
+from tests.effort import IS_THOROUGH
 
 SLOTS = 4
 #: From a worker's death until its jobs are rescued, and it is up again itself.
@@ -124,7 +125,7 @@ def _box(seed: int, *, workers: int, needs_s: float, innocents: int = 40, poison
 def test_hours_of_kills_fail_no_innocent_job(workers: int, needs_s: float, kill_every_s: float) -> None:
     """Whatever is killed for three hours, only the poison job is ever given up on, and within two hours after the storm it is."""
     storm_s, after_s = 3 * 3600, 2 * 3600
-    for seed in range(2):
+    for seed in range(2 if IS_THOROUGH else 1):
         box = _box(seed, workers=workers, needs_s=needs_s)
         box.run(storm_s + after_s, kill_every_s=lambda now: kill_every_s if now < storm_s else None)
         assert set(box.failed) == {POISON}

@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
@@ -29,6 +29,7 @@ from jobdaemon.providers.local.crops import CROPS, place_crop
 from jobdaemon.providers.local.recipe import check_table, recipe_for, wish_of
 from jobdaemon.providers.local.render import render
 from jobdaemon.providers.local.subject import Subject, fit_within, prepare_subject
+from tests.effort import IS_THOROUGH
 from tests.fakes import content_of
 
 ASTRONAUT = Path(__file__).parent.parent / "data" / "astronaut.png"
@@ -125,7 +126,8 @@ def test_the_measure_of_distance_finds_a_near_duplicate(subject: Subject) -> Non
 def test_steered_images_still_differ(small: Pixels, prompt: str) -> None:
     """An order whose only prompt names one look still gets images that differ from each other."""
     subject = prepare_subject(small)
-    pictures = [render(subject, recipe_for(index, prompt)) for index in range(PRO_IMAGES)]
+    images = PRO_IMAGES if IS_THOROUGH else PRO_IMAGES // 2
+    pictures = [render(subject, recipe_for(index, prompt)) for index in range(images)]
     assert closest_pair(pictures) >= TOLD_APART_WHEN_STEERED
 
 
@@ -170,10 +172,10 @@ def test_any_prompt_and_index_have_a_look(prompt: str, index: int) -> None:
 
 
 def test_a_hostile_prompt_is_read_quickly() -> None:
-    """A megabyte of words made to confuse the patterns costs well under a second."""
-    started = time.perf_counter()
+    """A megabyte of words made to confuse the patterns costs well under a second of computing."""
+    started = time.process_time()
     recipe_for(0, "blue blue navy background of is " * 40_000)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 2  # patterns that can be confused would take hours
 
 
 def test_recipes_do_not_come_back_within_seven_hundred_images() -> None:
@@ -186,7 +188,6 @@ head_shares = st.tuples(st.floats(0, 0.7), st.floats(0, 0.7), st.floats(0.02, 0.
 
 
 @given(width=st.integers(1, 6000), height=st.integers(1, 6000), head=head_shares, crop=st.sampled_from(CROPS))
-@settings(max_examples=120)
 def test_a_crop_stays_within_the_photo_and_keeps_the_face(
     width: int, height: int, head: tuple[float, float, float, float], crop: Any
 ) -> None:
@@ -264,7 +265,7 @@ def noise(height: int, width: int) -> Pixels:
 def test_no_photo_breaks_any_look(pixels: Pixels) -> None:
     """Photos without a person, of any shape, get every look of the plan without an error."""
     subject = prepare_subject(pixels, lambda _: [])
-    for index in range(PRO_IMAGES):
+    for index in range(0, PRO_IMAGES, 1 if IS_THOROUGH else 3):
         picture = render(subject, recipe_for(index, ""))
         assert picture.dtype == np.uint8
         assert picture.ndim == 3

@@ -84,9 +84,9 @@ def test_the_whole_schema_comes_back_unchanged() -> None:
 
 def test_an_unterminated_quote_is_read_in_linear_time() -> None:
     """A malformed query costs time in proportion to its length."""
-    start = time.perf_counter()
+    start = time.process_time()
     _bind("select '" + "a'' " * 5_000 + "b")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 class _Level(IntEnum):
