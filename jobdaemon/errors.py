@@ -25,6 +25,7 @@ Every error this package raises on purpose.
           DownloadRefusedError    a server will not give what a link names
         UnsupportedImageError
         ProviderRefusedError
+          PhotoRefusedError       it could not fetch, or read, the photo
         UnsupportedFeatureError
         ArtifactMissingError
         StoreRefusedError         wrong key, bucket or rights: an operator has to act
@@ -174,6 +175,10 @@ class UnsupportedImageError(PermanentError):
 
 class ProviderRefusedError(PermanentError):
     """A provider will not make this image (content policy, bad parameters)."""
+
+
+class PhotoRefusedError(ProviderRefusedError):
+    """A provider could not fetch the photo by its link, or read it."""
 
 
 class UnsupportedFeatureError(PermanentError):

@@ -375,6 +375,14 @@ class PhotoLinks(Protocol):
         """
         ...
 
+    async def forget(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> bool:
+        """
+        The link given last does not work: the next one is made anew. Whether that may help.
+
+        Raises what :meth:`link` raises.
+        """
+        ...
+
 
 class ArtifactStore(Protocol):
     """Keeps artifacts: shared by all daemons. Implementations verify what they write."""

@@ -199,6 +199,10 @@ class FittedLinks:
         fitted = await self._fitter.fit(photo, load_photo)
         return await self._links.link(fitted.artifact, fitted.load, is_kept=is_kept and not fitted.is_copy)
 
+    async def forget(self, photo: Artifact, load_photo: LoadPhoto) -> bool:
+        fitted = await self._fitter.fit(photo, load_photo)
+        return await self._links.forget(fitted.artifact, fitted.load)
+
 
 def _giving(content: bytes) -> LoadPhoto:
     async def load() -> bytes:

@@ -38,6 +38,9 @@ LINK_LIFETIME = timedelta(hours=2)
 #: Links that are remembered, the oldest forgotten first.
 _REMEMBERED = 1_000
 _MAX_ANSWER_BYTES = 64 * 1024
+#: A link at Superbed is given for so long; how long it works nobody says, and somebody may clear the album.
+_REUSED_S = 3600.0
+_NOTHING = object()
 _QUOTED_CHARACTERS = 200
 
 
@@ -55,6 +58,9 @@ class InlineLinks:
         encoded = await asyncio.to_thread(base64.b64encode, content)
         return f"data:{photo.media_type};base64,{encoded.decode()}"
 
+    async def forget(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> bool:  # noqa: ARG002 - there is no link
+        return False
+
 
 class StoreLinks:
     """A link into the artifact store that is signed for some hours; a photo that is not there is put there first, once."""
@@ -69,7 +75,7 @@ class StoreLinks:
         """
         self._presign = presign
         self._put = put
-        self._kept: OrderedDict[str, None] = OrderedDict()
+        self._kept: OrderedDict[str, object] = OrderedDict()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]], *, is_kept: bool = True) -> str:
@@ -83,6 +89,9 @@ class StoreLinks:
                 while len(self._kept) > _REMEMBERED:
                     self._kept.popitem(last=False)
         return await self._presign(photo.key, LINK_LIFETIME)
+
+    async def forget(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> bool:  # noqa: ARG002 - it is put again
+        return self._kept.pop(photo.key, _NOTHING) is not _NOTHING
 
 
 class SuperbedLinks:
@@ -105,7 +114,10 @@ class SuperbedLinks:
         self._settings = settings
         self._token = settings.token.get_secret_value()
         self._client = client
-        self._links: OrderedDict[str, str] = OrderedDict()
+        #: Digest of a photo -> its link, and when it was made, by the loop's clock.
+        self._links: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        #: Digests whose link was given more than once: one that does not work may have worked before.
+        self._reused: set[str] = set()
         #: One lock per photo for as long as somebody wants it: a failed upload is tried again by the next in line.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -118,12 +130,24 @@ class SuperbedLinks:
     ) -> str:
         lock = self._locks.setdefault(photo.sha256, asyncio.Lock())
         async with lock:
-            if photo.sha256 not in self._links:
-                self._links[photo.sha256] = await self._upload(photo, await load_photo())
-                while len(self._links) > _REMEMBERED:
-                    self._links.popitem(last=False)
-            self._links.move_to_end(photo.sha256)
-            return self._links[photo.sha256]
+            now_s = asyncio.get_running_loop().time()
+            known = self._links.get(photo.sha256)
+            if known is not None and now_s - known[1] < _REUSED_S:
+                self._links.move_to_end(photo.sha256)
+                self._reused.add(photo.sha256)
+                return known[0]
+            link = await self._upload(photo, await load_photo())
+            self._links[photo.sha256] = (link, now_s)
+            self._reused.discard(photo.sha256)
+            while len(self._links) > _REMEMBERED:
+                self._reused.discard(self._links.popitem(last=False)[0])
+            return link
+
+    async def forget(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> bool:  # noqa: ARG002 - uploaded again
+        is_reused = photo.sha256 in self._reused
+        self._links.pop(photo.sha256, None)
+        self._reused.discard(photo.sha256)
+        return is_reused
 
     async def _upload(self, photo: Artifact, content: bytes) -> str:
         # The token as a field: in the URL, where most clients put it, it would end up in logs along the way.
@@ -207,3 +231,6 @@ class _OneAtATime:
     async def link(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]], *, is_kept: bool = True) -> str:
         async with self._turn:
             return await self._links.link(photo, load_photo, is_kept=is_kept)
+
+    async def forget(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> bool:
+        return await self._links.forget(photo, load_photo)

@@ -17,6 +17,7 @@ from typing import TypeVar
 from jobdaemon.errors import (
     AnswerLostError,
     KeyRefusedError,
+    PhotoRefusedError,
     ProviderRefusedError,
     ProviderUnavailableError,
     RateLimitedError,
@@ -37,6 +38,8 @@ class Kind(StrEnum):
     CAPACITY = "capacity"
     #: will never work: content policy, bad parameters
     PERMANENT = "permanent"
+    #: will never work, unless the link to the photo has gone bad
+    PHOTO = "photo"
     #: this key is refused: another one may serve
     KEY = "key"
     #: this key's account is out of money
@@ -64,6 +67,8 @@ def error_of(kind: Kind, provider: str, message: str, *, retry_after: timedelta 
             return KeyRefusedError(text, is_out_of_money=kind is Kind.MONEY)
         case Kind.LOST:
             return AnswerLostError(text, retry_after=retry_after)
+        case Kind.PHOTO:
+            return PhotoRefusedError(text)
         case Kind.PERMANENT:
             return ProviderRefusedError(text)
 

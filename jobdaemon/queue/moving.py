@@ -106,7 +106,7 @@ async def move_waiting(
     orders = await connection.fetch(_JOBS["lock_free_orders"], sorted({record["order_id"] for record in waiting}))
     by_order = {order["id"]: rules.move(order["plan"], order["provider"], provider, avoid=avoid) for order in orders}
     wanted = [record["id"] for record in waiting if by_order.get(record["order_id"]) is not None]
-    jobs = [_job(record, queue) for record in await connection.fetch(_JOBS["lock_waiting"], wanted, queue)]
+    jobs = [_job(record, queue) for record in await connection.fetch(_JOBS["lock_waiting"], wanted, queue, is_unpaid)]
     moves = [(job, move) for job in jobs if job.order_id and (move := by_order.get(job.order_id)) is not None]
     moved = await move_jobs(connection, moves)
     by_id = {job.id: job for job in jobs}

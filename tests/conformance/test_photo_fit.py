@@ -18,10 +18,10 @@ import pytest_asyncio
 from PIL import Image
 
 from jobdaemon.domain.artifact import Artifact, beautified_key, is_valid_key
-from jobdaemon.errors import ProviderRefusedError, StoreUnavailableError, UnsupportedImageError
+from jobdaemon.errors import ProviderRefusedError, ProviderUnavailableError, StoreUnavailableError, UnsupportedImageError
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import GenerateRequest
-from jobdaemon.providers import comfyui, dashscope, jimeng, openai_images
+from jobdaemon.providers import comfyui, dashscope, jimeng, openai_images, photo_links
 from jobdaemon.providers.dashscope.models import ROUTES
 from jobdaemon.providers.jimeng.provider import PHOTO_BOUNDS as JIMENG
 from jobdaemon.providers.photo_fit import FITTED_SIDE_PX, FittedLinks, PhotoBounds, PhotoFitter
@@ -413,6 +413,40 @@ async def test_a_refusal_comes_before_the_money(
     assert (seen.events, sandbox.report()["apis"]) == ([], {})
     provider._links = provider._links._links
     assert isinstance((await outcome(provider, request)).error, ProviderRefusedError)
+
+
+@pytest.mark.parametrize("name", ["jimeng, superbed", "wan2.5, superbed"])
+async def test_a_link_that_has_gone_bad_is_made_anew(name: str, sandbox: Sandbox, client: GuardedClient) -> None:
+    """A photo that somebody deleted at Superbed costs an attempt and no image; one that cannot be used at all still fails."""
+    provider, request = OPEN[name](sandbox, client), Source(picture(400, 400)).request()
+    assert (await outcome(provider, request)).error is None
+    link = await provider._links.link(request.photo, request.load_photo)
+    url, gone = f"{sandbox.url}/superbed/delete", {"token": "superbed-token", "urls": [link]}
+    await client.call("POST", url, payload=gone, max_bytes=10_000, timeout=timedelta(seconds=5))
+    refused = await outcome(provider, request)
+    assert isinstance(refused.error, ProviderUnavailableError)
+    assert "made anew" in str(refused.error)
+    assert sum(int(api["images_bought"]) for api in sandbox.shop.report().values()) == 1
+    assert (await outcome(provider, request)).error is None
+    assert await provider._links.link(request.photo, request.load_photo) != link
+
+
+async def test_a_link_is_given_for_an_hour(sandbox: Sandbox, client: GuardedClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long Superbed keeps a photo nobody says: an old link is not relied on."""
+    links, source = superbed(sandbox, client), Source(picture(400, 400))
+    first = await links.link(source.artifact, source.load)
+    assert await links.link(source.artifact, source.load) == first
+    monkeypatch.setattr(photo_links, "_REUSED_S", 0.0)
+    assert await links.link(source.artifact, source.load) != first
+    assert source.loads == 2
+
+
+async def test_a_fresh_link_that_is_refused_is_not_made_again(sandbox: Sandbox, client: GuardedClient) -> None:
+    """What cannot be fetched by a link that was just made cannot be fetched: no link ever helps."""
+    for links in (InlineLinks(), superbed(sandbox, client)):
+        source = Source(picture(400, 400))
+        await links.link(source.artifact, source.load)
+        assert not await links.forget(source.artifact, source.load)
 
 
 async def test_openai_gets_what_it_takes(sandbox: Sandbox, client: GuardedClient, tmp_path: Path) -> None:

@@ -510,9 +510,9 @@ async def test_questions_keep_their_distance(scripted: Scripted, client: Guarded
 ERRORS: list[tuple[int, str, str, Kind]] = [
     (400, "InvalidParameter", "num_images_per_prompt must be 1", Kind.PERMANENT),
     (400, "InvalidParameter.Size", "size", Kind.PERMANENT),
-    (400, "InvalidParameter.FileDownload", "Failed to download the file", Kind.PERMANENT),
+    (400, "InvalidParameter.FileDownload", "Failed to download the file", Kind.PHOTO),
     (400, "InvalidParameter.DataInspection", "Unable to download the media resource", Kind.RETRY),
-    (400, "InvalidURL", "not valid", Kind.PERMANENT),
+    (400, "InvalidURL", "not valid", Kind.PHOTO),
     (400, "BadRequest.UnsupportedFileFormat", "format", Kind.PERMANENT),
     (400, "UnsupportedOperation", "not PENDING", Kind.PERMANENT),
     (400, "DataInspectionFailed", "Input data may contain inappropriate content", Kind.PERMANENT),

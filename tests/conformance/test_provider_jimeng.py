@@ -21,6 +21,7 @@ from jobdaemon.app import open_providers
 from jobdaemon.errors import (
     AnswerLostError,
     KeyRefusedError,
+    PhotoRefusedError,
     ProviderRefusedError,
     ProviderUnavailableError,
     RateLimitedError,
@@ -60,6 +61,7 @@ ERRORS = {
     Kind.RETRY: ProviderUnavailableError,
     Kind.CAPACITY: RateLimitedError,
     Kind.PERMANENT: ProviderRefusedError,
+    Kind.PHOTO: PhotoRefusedError,
     Kind.KEY: KeyRefusedError,
     Kind.LOST: AnswerLostError,
 }

@@ -292,6 +292,25 @@ async def test_no_key_that_may_start_a_call_is_a_provider_that_failed(database: 
     assert order.moves() == [f"moved from openai_images to comfyui: {reason}"] * 2
 
 
+async def test_two_of_three_are_down(database: str, order: Order, tmp_path: Path) -> None:
+    """The first one's keys rest, the second does not answer: the third makes every image, once, and its rows say so."""
+    async with Sandbox(Behaviour(latency_s=0.02)) as sandbox:
+        more = {
+            "ORDERS__FALLBACK": '{"openai_images": ["dashscope", "comfyui"]}',
+            "GENERATE__OPENAI_IMAGES__API_KEY": "",
+            "GENERATE__OPENAI_IMAGES__KEYS": '[{"alias": "main", "key": "sk-fallback-test"}]',
+            "GENERATE__DASHSCOPE__BASE_URL": "http://127.0.0.1:9",
+            "GENERATE__DASHSCOPE__API_KEY": "sk-fallback-test-0123456789",
+        }
+        async with daemon(settings_for(sandbox, tmp_path, **more), database) as running:
+            order.connection.execute("UPDATE jobdaemon.provider_keys SET rested_until = now() + interval '5 hours'")
+            await order.place(running, OPENAI)
+            await until(order.has_ended, timeout_s=60)
+        assert (OPENAI in sandbox.shop.report(), _bought(sandbox, COMFYUI)) == (False, {GOOD: 3, BAD: 3})
+    assert (order.ended(), order.makers()) == (("completed", None), [COMFYUI] * 6)
+    assert {outcome for provider, outcome, _ in order.calls() if provider == DASHSCOPE} <= {"failed"}
+
+
 @pytest.mark.parametrize("is_gone", [False, True], ids=["at work", "gone"])
 async def test_a_cancelled_orders_task_is_stopped(database: str, order: Order, tmp_path: Path, is_gone: bool) -> None:
     """Within seconds, by a daemon that never saw it if the one that began it is gone; what it would have made is not bought."""

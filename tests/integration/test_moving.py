@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
+import asyncpg
 import pytest
 
 from jobdaemon.db import DatabaseAddress
@@ -14,6 +17,7 @@ from jobdaemon.domain.fallback import FallbackRules, Move
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.write import CallSubmitted, ImageFailed
+from jobdaemon.queue import moving
 from jobdaemon.queue.moving import Look
 from jobdaemon.queue.store import PostgresJobStore
 from tests.factories import Claimed, Orders, Row, Sql, beautified, generated
@@ -121,6 +125,87 @@ async def test_what_runs_waits_for_later_or_is_held_stays(claimed_job_factory: C
         async with asyncio.timeout(60):
             assert await _move(claimed_job_factory.store) == Look(1, [])
     assert len((await _move(claimed_job_factory.store)).moved) == 1
+
+
+@dataclass(slots=True)
+class Interrupted:
+    """A connection on which something else happens before the statement that holds *marker*."""
+
+    connection: Any
+    marker: str
+    meanwhile: Callable[[], Awaitable[None]]
+
+    async def _before(self, query: str) -> None:
+        if self.marker in query:
+            self.marker = "\0"
+            await self.meanwhile()
+
+    async def fetch(self, query: str, *values: Any) -> Any:
+        await self._before(query)
+        return await self.connection.fetch(query, *values)
+
+    async def execute(self, query: str, *values: Any) -> Any:
+        await self._before(query)
+        return await self.connection.execute(query, *values)
+
+
+async def _interrupted_move(url: str, marker: str, meanwhile: Callable[[], Awaitable[None]]) -> Look:
+    connection = await asyncpg.connect(url)
+    try:
+        async with connection.transaction():
+            interrupted: Any = Interrupted(connection, marker, meanwhile)
+            return await moving.move_waiting(interrupted, "local", RULES, avoid=(), reason="it is away", skip=0, limit=9)
+    finally:
+        await connection.close()
+
+
+async def test_a_provider_that_comes_back_while_it_is_looked_at_keeps_what_it_sold(
+    engine_database: str, claimed_job_factory: Claimed, order_factory: Orders
+) -> None:
+    """A batch that buys a task between the look and the move stays: its task would be paid for and dropped."""
+    order_id = await _waiting(claimed_job_factory)
+
+    async def buy() -> None:
+        [job] = await claimed_job_factory.claim("generate.local")
+        noted = CallSubmitted(order_id, job.id, "local", job.image_indexes, "t1")
+        await claimed_job_factory.store.commit([Transition(job, End.CHECKPOINT, writes=(noted,))], daemon_id=None)
+        await claimed_job_factory.store.commit([Transition(job, End.HANDED_BACK)], daemon_id=None)
+
+    look = await _interrupted_move(engine_database, "o.plan, o.provider FROM jobdaemon.orders o", buy)
+    assert look == Look(1, [])
+    assert _batches(order_factory, order_id) == [("generate.local", [1, 2, 3, 4, 5])]
+
+
+@pytest.mark.parametrize("marker", ["SET queue_name = m.queue", "procrastinate_defer_jobs_v1", "INSERT INTO jobdaemon.attempts"])
+async def test_a_move_that_is_cut_off_has_not_begun(
+    engine_database: str, claimed_job_factory: Claimed, order_factory: Orders, sql: Sql, marker: str
+) -> None:
+    """Wherever its daemon is killed, the batch is whole where it was, and the next look moves it."""
+    order_id = await _waiting(claimed_job_factory)
+    connections = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle in transaction'"
+
+    async def kill() -> None:
+        await asyncio.to_thread(sql.execute, f"{connections} AND datname = current_database()".encode())
+
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+        await _interrupted_move(engine_database, marker, kill)
+    assert _batches(order_factory, order_id) == [("generate.local", [1, 2, 3, 4, 5])]
+    assert sql.execute("SELECT FROM jobdaemon.attempts").fetchall() == []
+    assert len((await _move(claimed_job_factory.store)).moved) == 1
+    assert [batch for _, batch in _batches(order_factory, order_id)] == [[1, 2], [3, 4], [5]]
+
+
+async def test_with_everybody_down_a_batch_stays_and_goes_on_with_who_is_back_first(
+    claimed_job_factory: Claimed, order_factory: Orders
+) -> None:
+    """A batch waits where it is while nobody could take it over; a provider that is still down is passed over."""
+    order_id = await _waiting(claimed_job_factory, images=2)
+    store = claimed_job_factory.store
+    everybody = {"local", "other", "third"}
+    for avoid, moved in ((everybody, 0), (everybody - {"third"}, 1)):
+        look = await store.move_waiting("local", RULES, avoid=avoid, reason="it is away", skip=0, limit=9)
+        assert len(look.moved) == moved
+    assert _batches(order_factory, order_id) == [("generate.third", [1, 2])]
 
 
 async def test_a_plan_that_asks_nobody_holds_nobody_up(claimed_job_factory: Claimed, order_factory: Orders) -> None:

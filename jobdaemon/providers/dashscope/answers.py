@@ -27,7 +27,8 @@ KINDS: Mapping[str, Kind] = {
     # the request
     "invalidparameter": Kind.PERMANENT,
     "invalid_parameter": Kind.PERMANENT,
-    "invalidurl": Kind.PERMANENT,
+    "invalidurl": Kind.PHOTO,
+    "invalidparameter.filedownload": Kind.PHOTO,
     "badrequest": Kind.PERMANENT,
     "unsupportedoperation": Kind.PERMANENT,
     "modelnotfound": Kind.PERMANENT,
@@ -225,7 +226,7 @@ def images_of(
         url = _text(entry, "url")
         if url.startswith(("https://", "http://")) and len(url) <= _MAX_URL_CHARACTERS:
             yield ImageMade(index, url=_PLAIN_OSS.sub(r"https://\1", url), url_expires_at=expires_at)
-        elif code and kind_of(code, message, None) is Kind.PERMANENT:
+        elif code and kind_of(code, message, None) in (Kind.PERMANENT, Kind.PHOTO):
             yield ImageRefused(index, str(error_of(Kind.PERMANENT, NAME, _shown(f"{code}: {message}", secret))))
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from jobdaemon.errors import KeyMissingError, ProviderRefusedError, ProviderUnavailableError, SettingsError
+from jobdaemon.errors import KeyMissingError, PhotoRefusedError, ProviderRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.ports import (
     GenerateRequest,
@@ -99,14 +100,27 @@ class DashScopeProvider:
             What the port says.
         """
         secret = self._key(request.key)
-        if (call := request.resume) is not None:
-            events, error = await self._ended(call.task_id or "", call.images, call.submitted_at, secret)
-            for event in events:
-                yield event
-            if error is not None:
-                raise error
-            return
-        photo = await self._links.link(request.photo, request.load_photo) if self._route.takes_photo else None
+        photo = None
+        if request.resume is None and self._route.takes_photo:
+            photo = await self._links.link(request.photo, request.load_photo)
+        going = self._bought(request, photo, secret) if request.resume is None else self._resumed(request.resume, secret)
+        try:
+            async with aclosing(going) as events:
+                async for event in events:
+                    yield event
+        except PhotoRefusedError as error:
+            if not self._route.takes_photo or not await self._links.forget(request.photo, request.load_photo):
+                raise
+            raise ProviderUnavailableError(f"{error}; the photo's link is made anew") from error
+
+    async def _resumed(self, call: ProviderCall, secret: str) -> AsyncGenerator[ProviderEvent, None]:
+        events, error = await self._ended(call.task_id or "", call.images, call.submitted_at, secret)
+        for event in events:
+            yield event
+        if error is not None:
+            raise error
+
+    async def _bought(self, request: GenerateRequest, photo: str | None, secret: str) -> AsyncGenerator[ProviderEvent, None]:
         for start in range(0, len(request.images), self.max_images_per_call):
             images = request.images[start : start + self.max_images_per_call]
             indexes = [index for index, _ in images]
@@ -120,8 +134,8 @@ class DashScopeProvider:
                     raise answers.unreadable(answer, "an output", secret=secret)
                 made = list(answers.images_of(output, indexes, submitted_at + _LIFETIME, secret=secret))
                 yield answers.charged_in(told, sum(isinstance(event, ImageMade) for event in made))
-                for event in made:
-                    yield event
+                for image in made:
+                    yield image
                 continue
             task_id = answers.task_id_of(told)
             if task_id is None:

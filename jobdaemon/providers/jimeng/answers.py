@@ -45,7 +45,7 @@ KINDS: Mapping[int, Kind] = {
     # Trouble of its own; the pages of its products disagree on whether asking again helps.
     50500: Kind.RETRY,
     50501: Kind.RETRY,
-    50215: Kind.PERMANENT,  # [C] a parameter it does not take; on a poll: a task it does not know
+    50215: Kind.PHOTO,  # [C] a parameter it does not take, the photo's link among them; on a poll: a task it does not know
     50400: Kind.KEY,  # [C] the product is not opened for this account, or the key has no rights
 }
 #: What the gateway in front means, by ``ResponseMetadata.Error.Code``; what is not here goes by the HTTP status. [G]

@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from jobdaemon.errors import KeyMissingError, ProviderRefusedError, ProviderUnavailableError, SettingsError
+from jobdaemon.errors import KeyMissingError, PhotoRefusedError, ProviderRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
     Charged,
@@ -152,7 +152,12 @@ class JimengProvider:
         while waiting:
             batch = waiting[: self.max_images_per_call]
             yield Submitting()
-            task_id = await self._submit(self._wish(request.prompt, photo, is_single=len(batch) == 1), pair)
+            try:
+                task_id = await self._submit(self._wish(request.prompt, photo, is_single=len(batch) == 1), pair)
+            except PhotoRefusedError as error:
+                if not photo or not await self._links.forget(request.photo, request.load_photo):
+                    raise
+                raise ProviderUnavailableError(f"{error}; the photo's link is made anew") from error
             yield TaskAccepted(task_id)
             async with aclosing(self._results(task_id, batch, pair)) as events:
                 async for event in events:

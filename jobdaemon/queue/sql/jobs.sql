@@ -275,9 +275,12 @@ SELECT o.id, o.plan, o.provider FROM jobdaemon.orders o
 WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL ORDER BY o.id FOR UPDATE SKIP LOCKED;
 
 -- name: lock_waiting
--- Those of these jobs that still wait in queue $2.
+-- Those of these jobs that still wait in queue $2, and have still bought nothing ($3 as $4 of waiting_batches): since the look they
+-- may have run. From now on they note no call, since their orders are locked.
 SELECT j.id, j.task_name, j.priority, j.args, j.attempts, j.deaths, j.token FROM jobdaemon.procrastinate_jobs j
-WHERE j.id = ANY ($1::bigint[]) AND j.queue_name = $2 AND j.status = 'todo' ORDER BY j.id FOR UPDATE SKIP LOCKED;
+WHERE j.id = ANY ($1::bigint[]) AND j.queue_name = $2 AND j.status = 'todo'
+    AND ($3 OR NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = j.id AND c.outcome IS NULL))
+ORDER BY j.id FOR UPDATE OF j SKIP LOCKED;
 
 -- name: record_attempts
 -- Why attempts did not succeed: {job_id, order_id, queue, attempt, token, daemon_id, seconds, outcome, error_kind, error}.
