@@ -77,6 +77,7 @@ def as_pixels(output: torch.Tensor) -> Pixels:
     return ((output.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
+@pytest.mark.timeout(300)  # two forward passes of 400 billion operations each
 def test_full_network_gives_the_authors_numbers(tmp_path: Path, authors_class: Any) -> None:
     """Full width, through a .pth file: ours differ from those of the gfpgan package's network by less than 1e-4."""
     path = tmp_path / "full.pth"
