@@ -726,7 +726,9 @@ def _warnings(settings: Settings, secret_files: Mapping[str, Path]) -> Iterator[
     yield from _key_warnings(settings)
     if settings.beautify.backend == "gfpgan" and settings.queue("beautify").team_size == 1:
         name = "queues.beautify.team_size"
-        yield Problem(name, "is 1: one photo at a time leaves the device idle most of the time", settings.origin(name))
+        yield Problem(
+            name, "is 1: one photo at a time leaves the device idle most of the time", settings.origin("beautify.backend")
+        )
     store = settings.store
     if store.kind == "r2":
         if store.r2.public_url is None:

@@ -459,6 +459,11 @@ class TestTree:
             ("[cache]\nproviders = ['local']", "cache.providers: names local, which makes its images on this machine"),
             ("[cache]\nproviders = ['nobody']", "cache.providers: there is no provider 'nobody'; there is"),
             ("[database]\nurl = 'mysql://u:secret@h/d'", "database.url: must start with postgresql://"),
+            ('[beautify]\nbackend = "gfpgan"', 'beautify.weights: must be set, because beautify.backend is "gfpgan"'),
+            ('[beautify]\nbackend = "none"', "beautify.backend: there is no backend 'none'"),
+            ('[beautify]\nweights_sha256 = "abc"', "beautify.weights_sha256: has characters that are not allowed here"),
+            ('[beautify]\ndevice = "tpu"', "beautify.device: has characters that are not allowed here"),
+            ("[beautify]\nbatch = 65", "beautify.batch: must be less than or equal to 64, not 65"),
         ],
     )
     def test_contradictions(self, write: Write, text: str, says: str) -> None:
@@ -483,6 +488,13 @@ class TestTree:
         assert sum("is not https" in line or "no public address" in line or "will do no work" in line for line in warnings) == 3
         path.chmod(0o640)
         assert len(load_settings(path, {}).warnings()) == 3
+
+    def test_one_photo_at_a_time_warns_on_a_gpu(self, write: Write) -> None:
+        """A team of one leaves the device idle; a larger one, or another backend, is no cause."""
+        gfpgan = '[beautify]\nbackend = "gfpgan"\nweights = "GFPGANv1.4.pth"\n'
+        [warning] = load_settings(write(gfpgan), {}).warnings()
+        assert "jobdaemon.toml:2: queues.beautify.team_size: is 1: one photo at a time" in warning
+        assert load_settings(write(f"{gfpgan}[queues.beautify]\nteam_size = 8\n"), {}).warnings() == []
 
     def test_import_is_light(self) -> None:
         """Importing the settings loads no driver, no HTTP client and no compute library."""
