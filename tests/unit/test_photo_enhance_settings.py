@@ -36,7 +36,7 @@ def test_a_service_that_cannot_be_used_stops_the_start(environ: dict[str, str], 
 
 def test_the_service_may_be_missing_where_it_is_not_used() -> None:
     """The section alone asks for nothing."""
-    assert load_settings(None, {TIMEOUT: "1h"}).beautify.backend == "opencv"
+    assert load_settings(None, {TIMEOUT: "1h"}).beautify.photo_enhance.url is None
 
 
 @pytest.mark.parametrize(
