@@ -111,4 +111,4 @@ def _import_torchvision() -> None:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         # What it defines lasts as long as it does.
-        importlib.import_module("torchvision").operators_of_ours = library
+        vars(importlib.import_module("torchvision"))["operators_of_ours"] = library

@@ -27,6 +27,10 @@ def portrait(scale: float = 1.0) -> tuple[Pixels, Floats]:
     return resized, ((LANDMARKS + 0.5) * scale - 0.5).astype(np.float32)
 
 
+def floats(values: list[float]) -> Floats:
+    return np.array(values, np.float32)
+
+
 def aligned(pixels: Pixels, landmarks: Floats) -> AlignedFace:
     face = align_face(pixels, landmarks)
     assert face is not None
@@ -141,7 +145,7 @@ def test_overlapping_faces_are_changed_once() -> None:
     """Where two faces share pixels, the same change of both comes once, not twice."""
     pixels, landmarks = portrait()
     pixels = np.minimum(pixels, 150)
-    one, other = aligned(pixels, landmarks), aligned(pixels, landmarks + np.float32([30, 10]))
+    one, other = aligned(pixels, landmarks), aligned(pixels, landmarks + floats([30, 10]))
     changed = pasted(pixels, (one, one.crop + 40), (other, other.crop + 40)).astype(int) - pixels
     assert changed.max() <= 41
     nose_x, nose_y = np.rint(landmarks[2]).astype(int)
@@ -153,9 +157,9 @@ def test_many_faces_in_one_photo() -> None:
     """Forty faces side by side are each put back in their own place."""
     tile, landmarks = portrait(0.5)
     tile = np.minimum(tile[:128, 48:176], 200)
-    landmarks = landmarks - np.float32([48, 0])
+    landmarks = landmarks - floats([48, 0])
     pixels = np.tile(tile, (5, 8, 1))
-    offsets = [np.float32([128 * column, 128 * row]) for row in range(5) for column in range(8)]
+    offsets = [floats([128 * column, 128 * row]) for row in range(5) for column in range(8)]
     faces = [aligned(pixels, landmarks + offset) for offset in offsets]
     changes = [number + 5 for number in range(len(faces))]
     result = pasted(pixels, *((face, face.crop + np.uint8(change)) for face, change in zip(faces, changes, strict=True)))
@@ -168,7 +172,7 @@ def test_face_beyond_the_edge_keeps_to_the_photo() -> None:
     """A face cut off by the photo's edge is filled up with grey, and put back into what there is of it."""
     pixels, landmarks = portrait()
     cut = np.ascontiguousarray(pixels[60:, 190:])
-    face = aligned(cut, landmarks - np.float32([190, 60]))
+    face = aligned(cut, landmarks - floats([190, 60]))
     assert tuple(face.crop[300, 2]) == BORDER_RGB
     whole = aligned(pixels, landmarks)
     assert np.abs(face.crop.astype(int) - whole.crop)[150:, 200:].mean() < 1
@@ -223,5 +227,5 @@ def test_memory_does_not_grow_with_the_photo() -> None:
 def test_same_input_gives_the_same_bytes() -> None:
     """Cutting out and putting back twice gives the same bytes."""
     pixels, landmarks = portrait(2.0)
-    results = [pasted(pixels, (face, 255 - face.crop)) for face in (aligned(pixels, landmarks), aligned(pixels, landmarks))]
-    assert np.array_equal(*results)
+    one, again = (pasted(pixels, (face, 255 - face.crop)) for face in (aligned(pixels, landmarks), aligned(pixels, landmarks)))
+    assert np.array_equal(one, again)

@@ -66,15 +66,15 @@ def numbers(crops: Pixels) -> torch.Tensor:
     return torch.from_numpy(crops.transpose(0, 3, 1, 2).astype(np.float32) / 255 * 2 - 1).contiguous()
 
 
-@torch.inference_mode()
 def stock(original: nn.Module, crops: Pixels) -> torch.Tensor:
-    output: torch.Tensor = original(numbers(crops), return_rgb=False, randomize_noise=False)[0]
-    return output
+    with torch.inference_mode():
+        return original(numbers(crops), return_rgb=False, randomize_noise=False)[0]
 
 
 def as_pixels(output: torch.Tensor) -> Pixels:
     """As the network's authors make pixels of it."""
-    return ((output.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels: Pixels = ((output.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels
 
 
 @pytest.mark.timeout(300)  # two forward passes of 400 billion operations each
@@ -152,7 +152,7 @@ def test_noise_comes_from_the_checkpoint(narrow: nn.Module) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         results.append(FaceNetwork(narrow, device="cpu").restore(crops))
-    assert np.array_equal(*results)
+    assert np.array_equal(results[0], results[1])
 
 
 def test_bfloat16_stays_close(narrow: nn.Module, network: FaceNetwork) -> None:
@@ -210,6 +210,21 @@ def test_batch_is_halved_when_memory_is_full(narrow: nn.Module, monkeypatch: pyt
     assert device.batches == [8, 4, 2, 2, 2]
     assert network.batch_size == 2
     assert [report.rsplit(" ", 1)[1] for report in reports] == ["4.", "2."]
+
+
+def test_smaller_batch_is_not_compiled_again(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the memory was full the network runs as it is: compiling it again would hold faces up for minutes."""
+    asked: list[Any] = []
+
+    def compiler(network: nn.Module, **_: Any) -> Any:
+        asked.append(network)
+        return network
+
+    Device(monkeypatch, holds=2)
+    monkeypatch.setattr(torch, "compile", compiler)
+    network = FaceNetwork(narrow, device="cpu", batch_size=4, compile=True, report=lambda _: None)
+    assert np.array_equal(network.restore(faces(1) // 2), faces(1) // 2 + 1)
+    assert len(asked) == 1
 
 
 def test_memory_for_no_face_is_an_error(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,7 @@ class FaceNetwork:
         if size == 1:
             raise self._too_small("one face")
         self._batch_size = size // 2
+        self._compile = False  # again, for another size: whoever waits for a face would wait for minutes
         self._report(f"{self.device} ran out of memory with {size} faces at once; going on with {self._batch_size}.")
 
     def _too_small(self, what: str) -> DeviceMemoryError:
@@ -280,4 +281,4 @@ def _place(device: str) -> torch.device:
 def _best_dtype(place: torch.device) -> str:
     import torch  # noqa: PLC0415
 
-    return "bfloat16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
