@@ -278,7 +278,7 @@ def test_check_names_model_and_device(
         [row] = [row for row in rows if row["check"] == "backend"]
         return row["state"], row["message"]
 
-    assert found() == ("ok", f"gfpgan (narrow-{narrow_weights.sha256[:8]} on cpu) works here")
+    assert found() == ("ok", f"gfpgan (narrow-{narrow_weights.sha256[:8]} on cpu) works")
     state, message = found(JOBDAEMON_BEAUTIFY__WEIGHTS="/none.pth")
     assert state == "error"
     assert "There is no weights file /none.pth" in message
