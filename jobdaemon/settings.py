@@ -35,6 +35,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.redact import MASK, mask_url
+from jobdaemon.settings_beautify import BeautifySettings, beautify_contradictions
 from jobdaemon.settings_generate import (
     CacheSettings,
     GenerateSettings,
@@ -43,6 +44,7 @@ from jobdaemon.settings_generate import (
     SuperbedSettings,
     provider_contradictions,
 )
+from jobdaemon.settings_orders import OrdersSettings, PlansSettings, plan_contradictions
 from jobdaemon.settings_sources import (
     Path_,
     Problem,
@@ -66,15 +68,9 @@ from jobdaemon.settings_values import (
     Duration,
     Hosts,
     LongerThanZero,
-    Name,
-    NamesByName,
-    OptionalNames,
     OptionalPath,
-    OptionalPriority,
     OptionalSecret,
     OptionalText,
-    Priority,
-    Prompts,
     Section,
     Share,
     Size,
@@ -88,7 +84,7 @@ from jobdaemon.units import format_duration, format_size
 
 SYSTEM_CONFIG = Path("/etc/jobdaemon/jobdaemon.toml")
 
-#: What can be chosen; app.py builds each.
+#: What can be chosen, as :data:`BACKENDS` can; app.py builds each.
 PROVIDERS = (
     "local",
     "openai_images",
@@ -96,12 +92,6 @@ PROVIDERS = (
     "dashscope",
     "jimeng",
 )
-BACKENDS = ("auto", "opencv", "gfpgan", "photo_enhance")
-#: The door's own bound: enqueue_order refuses longer prompts.
-MAX_PROMPT_BYTES = 4000
-
-PlanName = Literal["Free", "Start", "Pro"]
-PLAN_NAMES: tuple[PlanName, ...] = get_args(PlanName)
 
 
 class DatabaseSettings(Section):
@@ -168,199 +158,6 @@ class QueueOverrides(Section):
     backoff_cap: Duration | None = None
     jitter: Share | None = None
     run_timeout: LongerThanZero | None = None
-
-
-class StagePriorities(Section):
-    """
-    Where a plan's priority differs from stage to stage. None: the plan's own.
-
-    Attributes:
-        beautify: of its photos.
-        generate: of its provider calls, whoever the provider is.
-        upload: of its finished images.
-    """
-
-    beautify: OptionalPriority = None
-    generate: OptionalPriority = None
-    upload: OptionalPriority = None
-
-    def named(self) -> dict[str, int]:
-        """Stage -> priority, for the stages that have one."""
-        return self.model_dump(exclude_none=True)
-
-
-class PlanSettings(Section):
-    """
-    What a plan buys.
-
-    Attributes:
-        images: of an order that does not ask for fewer.
-        priority: higher goes first.
-        stage_priority: in stages where it is to be another.
-        lift_after: work that waited longer is lifted over younger work.
-        expires_after: an order still open then ends as failed, with a reason.
-        max_open_orders: of this plan; more are refused as "queue full". 0 means no limit.
-        max_open_orders_per_customer: of this plan, for one customer. 0 means no limit.
-        fallback: providers that take over when the order's own fails, in this order; None means as ``orders.fallback`` says.
-    """
-
-    images: Annotated[Whole, Field(ge=1, le=1_000)]
-    priority: Priority
-    stage_priority: StagePriorities = StagePriorities()
-    lift_after: LongerThanZero
-    expires_after: LongerThanZero = timedelta(hours=24)
-    max_open_orders: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 100
-    max_open_orders_per_customer: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 0
-    fallback: OptionalNames = None
-
-
-class FreePlan(PlanSettings):
-    """The defaults of Free."""
-
-    images: Annotated[Whole, Field(ge=1, le=1_000)] = 2
-    priority: Priority = 300
-    lift_after: LongerThanZero = timedelta(minutes=5)
-
-
-class StartPlan(PlanSettings):
-    """The defaults of Start."""
-
-    images: Annotated[Whole, Field(ge=1, le=1_000)] = 30
-    priority: Priority = 200
-    lift_after: LongerThanZero = timedelta(minutes=15)
-
-
-class ProPlan(PlanSettings):
-    """The defaults of Pro."""
-
-    images: Annotated[Whole, Field(ge=1, le=1_000)] = 70
-    priority: Priority = 100
-    lift_after: LongerThanZero = timedelta(minutes=30)
-
-
-class PlansSettings(Section):
-    """The three plans, by the names customers know."""
-
-    Free: FreePlan = FreePlan()
-    Start: StartPlan = StartPlan()
-    Pro: ProPlan = ProPlan()
-
-    def __getitem__(self, name: PlanName) -> PlanSettings:
-        plan: PlanSettings = getattr(self, name)
-        return plan
-
-    def items(self) -> Iterator[tuple[PlanName, PlanSettings]]:
-        """Each plan with its name, highest default priority first."""
-        return ((name, self[name]) for name in PLAN_NAMES)
-
-
-_FREE_PROMPTS = ("A natural head-and-shoulders portrait in soft window light, plain light background, relaxed smile",)
-_START_PROMPTS = (
-    *_FREE_PROMPTS,
-    "A business portrait in a dark blazer, even studio light, neutral grey background, calm and confident look",
-    "An outdoor portrait in a green park at golden hour, background softly out of focus, warm skin tones",
-    "A black and white studio portrait, gentle side light, fine grain, thoughtful expression",
-    "A casual portrait in a bright cafe, knitted sweater, daylight from a large window, friendly smile",
-    "An editorial portrait against a deep blue backdrop, clean soft light, simple elegant clothes",
-)
-_PRO_PROMPTS = (
-    *_START_PROMPTS,
-    "A portrait on a quiet city street at dusk, blurred lights behind, wool coat, looking past the camera",
-    "A portrait by the sea on a clear morning, light breeze in the hair, linen shirt, pale blue horizon",
-    "A portrait in a library, tall bookshelves out of focus, warm lamp light, composed expression",
-    "A profile portrait with a soft rim of light, dark background, classical painting mood",
-    "A portrait in an artist's studio, north light, canvas and brushes in the background, apron, natural pose",
-    "A winter portrait in falling snow, scarf and warm coat, rosy cheeks, soft overcast light",
-    "A formal evening portrait, dark suit or dress, subtle golden light, plain dark background",
-    "A portrait in a spring garden, white blossom around the face, diffuse light, fresh pastel colours",
-)
-
-
-class PlanPrompts(Section):
-    """Prompts of an order that brings none, by plan; dealt over its images in order."""
-
-    Free: Prompts = _FREE_PROMPTS
-    Start: Prompts = _START_PROMPTS
-    Pro: Prompts = _PRO_PROMPTS
-
-    def __getitem__(self, name: PlanName) -> tuple[str, ...]:
-        prompts: tuple[str, ...] = getattr(self, name)
-        return prompts
-
-
-class OrdersSettings(Section):
-    """
-    What orders may ask for, and what they get when they do not ask.
-
-    Attributes:
-        provider: of an order that names none.
-        images_per_call: most images of one provider call; a provider's own limit may be lower.
-        fallback: provider of an order -> providers that take over when it fails, in this order.
-        fallback_after: a provider has failed of which nothing can start for longer, by its circuit or its keys.
-        prompts: of an order that brings none.
-    """
-
-    provider: Name = "local"
-    images_per_call: Annotated[Whole, Field(ge=1, le=100)] = 5
-    fallback: NamesByName = Field(default_factory=dict)
-    fallback_after: LongerThanZero = timedelta(minutes=2)
-    prompts: PlanPrompts = PlanPrompts()
-
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-BatchSize = Annotated[Whole, Field(ge=1, le=64)]
-
-
-class PhotoEnhanceSettings(Section):
-    """
-    A photo enhance service (PhotoEnhanceAI) on another machine.
-
-    Attributes:
-        url: its address, without /api/v1.
-        poll: how often a photo's task is asked for.
-        timeout: for one photo, from upload to result; shorter than the queue's run_timeout.
-        max_pixels: of what is sent; a larger photo is sent smaller. The service makes 16 times as many.
-        max_result_bytes: largest result that is fetched.
-    """
-
-    url: WebUrl = None
-    poll: LongerThanZero = timedelta(seconds=2)
-    timeout: LongerThanZero = timedelta(seconds=240)
-    max_pixels: Annotated[Whole, Field(ge=65_536, le=12_000_000)] = 6_000_000
-    max_result_bytes: Size = 100_000_000
-
-
-class BeautifySettings(Section):
-    """
-    How photos are retouched.
-
-    Attributes:
-        backend: what retouches the photo; auto is gfpgan where its weights, torch and a CUDA device are, else opencv.
-        strength: 0.0 (untouched) to 1.0.
-        threads: photos worked on by the CPU at the same time.
-        weights: GFPGAN's file.
-        weights_sha256: of that file; needed unless GFPGAN's authors released it.
-        device: where gfpgan runs.
-        dtype: auto is the best that the device has.
-        batch: faces computed at once; None: 1 on a CPU, else up to 16, as memory allows.
-        max_wait: how long a face waits for company while the device has nothing to do.
-        timeout: a process that has had one batch for longer hangs, and is killed.
-        compile: whether to fuse the network at each start.
-        photo_enhance: the service of the backend of that name.
-    """
-
-    backend: Name = "auto"
-    strength: Share = 0.7
-    threads: Annotated[Cores, Field(ge=1, le=1024)] = 1
-    weights: OptionalPath = None
-    weights_sha256: Annotated[Sha256 | None, BeforeValidator(lower), BeforeValidator(blank)] = None
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")] = "cuda"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(lower)] = "auto"
-    batch: Annotated[BatchSize | None, BeforeValidator(blank)] = None
-    max_wait: Duration = timedelta(milliseconds=20)
-    timeout: LongerThanZero = timedelta(seconds=60)
-    compile: bool = False
-    photo_enhance: PhotoEnhanceSettings = PhotoEnhanceSettings()
 
 
 class PhotosSettings(Section):
@@ -631,30 +428,8 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
     yield from _fallback_contradictions(settings)
     yield from _cache_contradictions(settings)
-    if settings.beautify.backend == "gfpgan" and settings.beautify.weights is None:
-        yield Problem("beautify.weights", 'must be set, because beautify.backend is "gfpgan"')
-    if settings.beautify.backend not in BACKENDS:
-        yield Problem("beautify.backend", f"there is no backend {settings.beautify.backend!r}; there is {', '.join(BACKENDS)}")
-    yield from _photo_enhance_contradictions(settings)
-    for name, plan in settings.plans.items():
-        prompts = orders.prompts[name]
-        if plan.lift_after >= plan.expires_after:
-            yield Problem(f"plans.{name}.lift_after", f"must be shorter than plans.{name}.expires_after")
-        if len(prompts) > plan.images:
-            yield Problem(f"orders.prompts.{name}", f"holds {len(prompts)} prompts, more than plans.{name}.images allows")
-        if any(not prompt.strip() or len(prompt.encode(errors="replace")) > MAX_PROMPT_BYTES for prompt in prompts):
-            yield Problem(f"orders.prompts.{name}", f"has a prompt that is empty or longer than {MAX_PROMPT_BYTES} bytes")
-
-
-def _photo_enhance_contradictions(settings: Settings) -> Iterator[Problem]:
-    if settings.beautify.backend != "photo_enhance":
-        return
-    service, run_timeout = settings.beautify.photo_enhance, settings.queue("beautify").run_timeout
-    if service.url is None:
-        yield Problem("beautify.photo_enhance.url", 'must be set, because beautify.backend is "photo_enhance"')
-    if service.timeout >= run_timeout:
-        shown = format_duration(run_timeout)
-        yield Problem("beautify.photo_enhance.timeout", f"must be shorter than queues.beautify.run_timeout, that is {shown}")
+    yield from beautify_contradictions(settings.beautify, settings.queue("beautify").run_timeout)
+    yield from plan_contradictions(settings.plans, orders)
 
 
 def _fallback_contradictions(settings: Settings) -> Iterator[Problem]:

@@ -515,10 +515,8 @@ class TestTree:
             "asyncio",
         }
         ours = {name for name in loaded if name.startswith("jobdaemon.")}
-        assert ours <= {
-            f"jobdaemon.{name}"
-            for name in ("errors", "redact", "settings", "settings_generate", "settings_sources", "settings_values", "units")
-        }
+        sections = {f"settings_{name}" for name in ("beautify", "generate", "orders", "sources", "values")}
+        assert ours <= {f"jobdaemon.{name}" for name in {"errors", "redact", "settings", "units"} | sections}
 
 
 class TestSecrets:
