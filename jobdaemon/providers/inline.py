@@ -73,9 +73,7 @@ class InlineImages:
                 if quote >= 0:
                     self._string = bytearray()
             else:
-                matched = _STRING.match(block, at)
-                assert matched is not None  # it matches nothing, too
-                end = matched.end()
+                end = _end_of_string(block, at)
                 self._take(block[at:end])
                 if end < len(block):
                     if block[end:] == b"\\":
@@ -142,6 +140,17 @@ class InlineImages:
                 self._images.append(self._image)
         self._keep(b'"')
         self._string = self._image = None
+
+
+def _end_of_string(block: bytes, at: int) -> int:
+    """Where the rest of a string that goes on at *at* ends in *block*: at its quote, at half an escape, or with the block."""
+    quote = block.find(b'"', at)
+    end = len(block) if quote < 0 else quote
+    if block.find(b"\\", at, end) < 0:
+        return end  # as almost always: searching for two bytes is ten times as fast as matching
+    matched = _STRING.match(block, at)
+    assert matched is not None  # it matches nothing, too
+    return matched.end()
 
 
 class _Image:
