@@ -223,6 +223,15 @@ def spools(settings: Settings) -> Callable[[], Spool]:
     return partial(Spool, settings.data_dir / "spool")
 
 
+def _require_room(settings: Settings) -> Callable[[int], None]:
+    """For one image more or several, as :func:`jobdaemon.spool.require_room` says."""
+    from jobdaemon.spool import require_room
+
+    # The same disk, often; a store elsewhere says by itself that it is full.
+    folders = [settings.data_dir / "spool", *([settings.store.files.root] if settings.store.kind == "files" else [])]
+    return partial(require_room, folders)
+
+
 def require_spools(settings: Settings) -> None:
     """
     Raises:
@@ -664,6 +673,7 @@ def build_stages(
             fallback=_fallback_rules(settings, providers),
             keys=_key_aliases(settings),
             prices=settings.generate.prices(),
+            require_room=_require_room(settings),
         ),
         Task.UPLOAD: UploadStage(
             orders=orders,

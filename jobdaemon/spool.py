@@ -9,16 +9,46 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
-from jobdaemon.errors import StoreRefusedError, StoreUnavailableError
+from jobdaemon.errors import PutOffError, StoreRefusedError, StoreUnavailableError
+from jobdaemon.units import format_size
 
 _READ_BYTES = 1 << 18
+#: What one more image may need on its way and at its place: four times a PNG of 2,048 px.
+_ROOM_BYTES = 20_000_000
+_LOOK_AGAIN = timedelta(seconds=10)
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+def require_room(folders: Iterable[Path], images: int) -> None:
+    """
+    Look before something is bought: what comes and has no place is lost, and was paid for.
+
+    Args:
+        folders: in which images lie, on their way or for good; those that are not there yet will be made.
+        images: how many more.
+
+    Raises:
+        PutOffError: one of their disks is full. Put off, since nothing is wrong with who would have made them.
+    """
+    for folder in folders:
+        there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+        try:
+            free_bytes = shutil.disk_usage(there).free
+        except OSError as error:
+            raise PutOffError(
+                f"nothing is bought, because {there} cannot be looked at ({error.strerror})", retry_after=_LOOK_AGAIN
+            ) from error
+        if free_bytes < images * _ROOM_BYTES:
+            told = f"{format_size(images * _ROOM_BYTES)} for {images} images"
+            raise PutOffError(f"nothing is bought, because {there} has no room: it takes {told}", retry_after=_LOOK_AGAIN)
 
 
 class Spool:

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from jobdaemon.domain.artifact import EXTENSIONS
-from jobdaemon.errors import KeyMissingError, ProviderUnavailableError, SettingsError
+from jobdaemon.errors import KeyMissingError, ProviderUnavailableError, SettingsError, StoreRefusedError, StoreUnavailableError
 from jobdaemon.http import MAX_RETRY_AFTER, Answer, GuardedClient
 from jobdaemon.ports import (
     Charged,
@@ -151,7 +151,12 @@ class OpenAIImagesProvider:
             asked_at = datetime.now(UTC)
             count = min(len(waiting), self.max_images_per_call)
             inline = InlineImages(self._spool, most=count, max_bytes=self._max_image_bytes, provider=self.name)
-            answer = await self._submit(request, photo, count, key, inline)
+            try:
+                answer = await self._submit(request, photo, count, key, inline)
+            except (StoreUnavailableError, StoreRefusedError):
+                # Images came, and have no place here: they are paid for all the same.
+                yield Charged(count, None)
+                raise
             answer = replace(answer, content=answer.content or inline.rest())
             found = images_in(answer, secret=key)
             yield Charged(len(found), usage_in(answer))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from decimal import Decimal
@@ -33,6 +33,7 @@ from jobdaemon.ports import (
     OrderReader,
     OrderRow,
     Provider,
+    Submitting,
 )
 from jobdaemon.spool import Spool
 from jobdaemon.stages.arrivals import Arrivals
@@ -56,12 +57,14 @@ class GenerateStage:
         fallback: FallbackRules | None = None,
         keys: Mapping[str, Collection[str]] | None = None,
         prices: Mapping[str, Decimal] | None = None,
+        require_room: Callable[[int], None] = lambda images: None,  # noqa: ARG005 - how many
     ) -> None:
         """
         Args:
             keys: provider -> aliases of the keys that this daemon has, of those providers that know any.
             prices: provider -> price of one image, where the settings say it.
             fallback: who is asked when a provider has failed to the last attempt; nobody when None.
+            require_room: raises when so many images more have no place here: nothing is bought then. Runs in a thread.
         """
         self._orders = orders
         self._store = store
@@ -70,6 +73,7 @@ class GenerateStage:
         self._fallback = fallback or FallbackRules()
         self._keys = keys or {}
         self._prices = prices or {}
+        self._require_room = require_room
 
     async def run(self, attempt: Attempt) -> Done:
         """Raises what the provider raises, and ProviderUnavailableError when it left out an image without a word."""
@@ -95,6 +99,8 @@ class GenerateStage:
             async with Arrivals(attempt, lambda: () if missing else call.ends("succeeded")) as arrivals:
                 async with aclosing(provider.generate(request)) as events:
                     async for event in events:
+                        if isinstance(event, Submitting):
+                            await asyncio.to_thread(self._require_room, len(missing))
                         if not isinstance(event, ImageMade | ImageRefused):
                             # The rows of images name the call that is open when they are written.
                             if not isinstance(event, Charged):

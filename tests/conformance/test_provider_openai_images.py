@@ -26,6 +26,7 @@ from jobdaemon.errors import (
     RateLimitedError,
     RetryableError,
     SettingsError,
+    StoreUnavailableError,
 )
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.ports import Charged, GenerateRequest, ImageMade, Submitting
@@ -308,6 +309,23 @@ async def test_what_was_made_before_an_error_is_kept(sandbox: Sandbox, make: Mak
     with pytest.raises(RateLimitedError):
         await anext(stream)
     assert [type(event) for event in first] == [Submitting, Charged, ImageMade]
+
+
+async def test_images_that_find_no_room_here_are_charged_for(
+    sandbox: Sandbox, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the disk on which images lie on their way fails, what the provider sent is paid for, and says so."""
+
+    def full(_: Spool, block: bytes) -> None:
+        raise StoreUnavailableError(f"no room for {len(block)} bytes")
+
+    sandbox.behaviour.image_px, sandbox.behaviour.image_bytes = (512, 512), 300_000
+    monkeypatch.setattr(Spool, "write", full)
+    provider = make(images_per_call=2)
+    seen = await outcome(provider, wanted(provider, at_most=2))
+    assert isinstance(seen.error, StoreUnavailableError)
+    assert report(sandbox)["images_bought"] == 2
+    assert seen.charged == 2
 
 
 async def test_an_unsafe_prompt_is_refused_for_nothing(sandbox: Sandbox, make: Make) -> None:

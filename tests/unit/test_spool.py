@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jobdaemon.errors import StoreRefusedError, StoreUnavailableError
-from jobdaemon.spool import Spool
+from jobdaemon.errors import PutOffError, StoreRefusedError, StoreUnavailableError
+from jobdaemon.spool import Spool, require_room
 
 
 def test_what_is_written_can_be_read_again_and_again(tmp_path: Path) -> None:
@@ -64,3 +64,13 @@ def test_a_folder_that_cannot_be_is_permanent(tmp_path: Path) -> None:
     for folder in (tmp_path / "taken", tmp_path / "taken" / "spool"):
         with pytest.raises(StoreRefusedError, match=r"taken.*check"):
             Spool(folder)
+
+
+def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
+    """Images need room on the disk of each folder, whether it is made already or not; without it they are put off, not failed."""
+    folders = [tmp_path, tmp_path / "not" / "yet"]
+    require_room(folders, 0)
+    for folder in folders:
+        with pytest.raises(PutOffError, match=f"{tmp_path} has no room") as caught:
+            require_room([folder], 10**12)
+        assert caught.value.retry_after is not None

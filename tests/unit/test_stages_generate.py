@@ -23,6 +23,7 @@ from jobdaemon.errors import (
     OrderEndedError,
     ProviderRefusedError,
     ProviderUnavailableError,
+    PutOffError,
     RateLimitedError,
     RetryableError,
     StoreRefusedError,
@@ -566,3 +567,25 @@ async def test_each_call_of_an_attempt_costs_its_own() -> None:
         await _stage(orders, FakeProvider(script)).run(attempt)
     ends = [write for write in attempt.checkpoints if isinstance(write, CallEnded)]
     assert ends == [CallEnded(1, 9, "partial", made=1), CallEnded(1, 9, "partial")]
+
+
+async def test_nothing_is_bought_without_room() -> None:
+    """Where images have no place the job is put off before the call: nothing is submitted and nothing noted."""
+    asked: list[int] = []
+
+    def full(images: int) -> None:
+        asked.append(images)
+        raise PutOffError("no room")
+
+    orders = _orders()
+    attempt = FakeAttempt(JOB, orders)
+    stage = GenerateStage(
+        orders=orders,
+        store=FakeArtifacts(),
+        providers={"fake": FakeProvider([Submitting(), ImageMade(1, b"one", JPEG), ImageMade(2, b"two", JPEG)])},
+        max_photo_bytes=100,
+        require_room=full,
+    )
+    with pytest.raises(PutOffError):
+        await stage.run(attempt)
+    assert (asked, attempt.checkpoints) == ([2], [])
