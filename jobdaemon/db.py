@@ -82,6 +82,7 @@ async def connect(
     Raises:
         DatabaseUnavailableError: one sentence, without the password.
     """
+    pinned = _PINNED.format(idle_ms=_milliseconds(address.idle_in_transaction), lock_ms=_milliseconds(lock_timeout))
     try:
         connection = await asyncpg.connect(
             address.url,
@@ -90,11 +91,14 @@ async def connect(
             statement_cache_size=100 if address.use_statement_cache else 0,
             server_settings={"application_name": application_name},
         )
-        pinned = _PINNED.format(idle_ms=_milliseconds(address.idle_in_transaction), lock_ms=_milliseconds(lock_timeout))
-        await connection.execute(pinned)
-        return connection
+        try:
+            await connection.execute(pinned)
+        except BaseException:
+            connection.terminate()  # nobody else knows of it
+            raise
     except _NOT_CONNECTED as error:
         raise DatabaseUnavailableError(unavailable(error)) from error
+    return connection
 
 
 def _milliseconds(time: timedelta) -> int:
