@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from jobdaemon.domain.fallback import Move
 from jobdaemon.domain.job import Job
-from jobdaemon.domain.write import Write
+from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Write
 
 
 class End(StrEnum):
@@ -78,6 +78,12 @@ class Transition:
     ran_by: int | None = None
     last_beat: str | None = None
     move: Move | None = None
+
+    @property
+    def only_notes_calls(self) -> bool:
+        """Whether it is a checkpoint of nothing but provider calls: nothing of its order changes, or is counted."""
+        are_of_calls = all(isinstance(write, CallAccepted | CallEnded | CallSubmitted) for write in self.writes)
+        return self.end is End.CHECKPOINT and are_of_calls and self.writes != ()
 
 
 @dataclass(frozen=True, slots=True)

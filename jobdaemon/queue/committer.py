@@ -1,15 +1,20 @@
 """
-The committer: gathers what attempts want committed and commits it in groups, one group at a time.
+The committer: gathers what attempts want committed and commits it in groups, one group at a time and connection.
 
 While one group is being committed the next one gathers, so a busy daemon pays one commit for many jobs and an idle one commits
 at once. A commit that cannot reach the database is kept and sent again, which the fence makes safe; how many wait is bounded by
 the number of running attempts, since each waits for its own. Where somebody holds an order, all that concerns it is held back
 until it is free, and the others go on.
+
+There are two lanes, each with a connection: a note of a provider call has a slot of the provider wait for it, and must not wait
+for the images of its order to be counted. What one job has committed keeps its order, whatever the lane.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable
 
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.outcome import End, Transition, Verdict
@@ -32,11 +37,9 @@ class Committer:
     def __init__(self, store: PostgresJobStore, events: Events) -> None:
         self._store = store
         self._events = events
-        self._waiting: list[_Member] = []
-        #: What waits for a lock that somebody holds, oldest first; and who looks whether it is free.
-        self._held: list[_Member] = []
-        self._freeing: asyncio.Task[None] | None = None
-        self._work = asyncio.Event()
+        #: Job -> what is to be committed for it, oldest first: only the first one may go.
+        self._lines: defaultdict[int, deque[asyncio.Future[Verdict]]] = defaultdict(deque)
+        self._notes, self._others = (_Lane(store, events, self._commit_surely, self._is_first) for _ in range(2))
         self._untold: set[int] = set()
         self._telling: asyncio.Task[None] | None = None
         #: The daemon whose attempts these are; the supervisor keeps it current.
@@ -47,59 +50,32 @@ class Committer:
     async def commit(self, transition: Transition) -> Verdict:
         """Wait until *transition* is committed or refused by the fence; cancelling the wait does not call it back."""
         future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._waiting.append((transition, future))
-        self._work.set()
+        self._lines[transition.job.id].append(future)
+        future.add_done_callback(lambda _: self._leave_line(transition.job.id))
+        (self._notes if transition.only_notes_calls else self._others).take((transition, future))
         return await asyncio.shield(future)
 
     async def run(self) -> None:
         """Commit until cancelled."""
         try:
-            while True:
-                await self._work.wait()
-                self._work.clear()
-                while self._waiting:
-                    await self._commit_group(self._take_group())
+            async with asyncio.TaskGroup() as lanes:
+                for lane in (self._notes, self._others):
+                    lanes.create_task(lane.run())
         finally:
-            for task in (self._telling, self._freeing):
-                if task is not None:
-                    task.cancel()
+            if self._telling is not None:
+                self._telling.cancel()
 
-    def _take_group(self) -> list[_Member]:
-        """The oldest that wait, one per job: an attempt cut short during a checkpoint, or rescued meanwhile, has two."""
-        group: list[_Member] = []
-        rest: list[_Member] = []
-        jobs: set[int] = set()
-        held_jobs = {transition.job.id for transition, _ in self._held}
-        held_orders = {transition.job.order_id for transition, _ in self._held} - {None}
-        for member in self._waiting:
-            job = member[0].job
-            if job.id in held_jobs or job.order_id in held_orders:
-                self._held.append(member)
-                continue
-            (rest if job.id in jobs or len(group) >= MAX_GROUP else group).append(member)
-            jobs.add(job.id)
-        self._waiting = rest
-        return group
+    def _is_first(self, member: _Member) -> bool:
+        return self._lines[member[0].job.id][0] is member[1]
 
-    async def _commit_group(self, group: list[_Member]) -> None:
-        if not group:
-            return
-        try:
-            verdicts = await self._commit_surely([transition for transition, _ in group])
-        except RowsLockedError:
-            await self._hold_back(group)
-            return
-        except Exception as error:  # noqa: BLE001 - a group must not die of one member
-            if len(group) == 1:
-                await self._give_up_on(*group[0], error)
-                return
-            # One bad member rolls its whole group back: find it by committing singly.
-            for member in group:
-                await self._commit_group([member])
-            return
-        for (_, future), verdict in zip(group, verdicts, strict=True):
-            if not future.done():
-                future.set_result(verdict)
+    def _leave_line(self, job_id: int) -> None:
+        line = self._lines[job_id]
+        line.popleft()
+        if line:
+            self._notes.look()
+            self._others.look()
+        else:
+            del self._lines[job_id]
 
     async def _commit_surely(self, transitions: list[Transition]) -> list[Verdict]:
         wake = [t.job.queue for t in transitions if t.frees_elsewhere or (self.is_draining and t.end is not End.CHECKPOINT)]
@@ -121,6 +97,107 @@ class Committer:
             for event in committed.news:
                 self._events.emit(event)
             return committed.verdicts
+
+    def _announce(self, changes: list[OrderChange]) -> None:
+        for change in changes:
+            self._untold.discard(change.order_id)
+            if change.has_ended:
+                self._events.emit(OrderSettled(order_id=change.order_id, status=change.status))
+            elif not change.told:
+                self._untold.add(change.order_id)
+        if self._untold and (self._telling is None or self._telling.done()):
+            self._telling = asyncio.get_running_loop().create_task(self._tell())
+
+    async def _tell(self) -> None:
+        """Tell listeners about changes that came too soon after the last: each order at most ten times a second."""
+        while self._untold:
+            await asyncio.sleep(0.1)
+            order_ids = set(self._untold)
+            try:
+                too_early = await self._store.tell_orders(order_ids)
+            except DatabaseUnavailableError:
+                continue
+            self._untold -= order_ids - too_early
+
+
+class _Lane:
+    """What is committed over one connection."""
+
+    def __init__(
+        self,
+        store: PostgresJobStore,
+        events: Events,
+        commit: Callable[[list[Transition]], Awaitable[list[Verdict]]],
+        is_first: Callable[[_Member], bool],
+    ) -> None:
+        """
+        Args:
+            commit: one verdict for each, in order; tries until the database answers.
+            is_first: whether nothing of the same job has to be committed before.
+        """
+        self._store = store
+        self._events = events
+        self._commit_surely = commit
+        self._is_first = is_first
+        self._waiting: list[_Member] = []
+        #: What waits for a lock that somebody holds, oldest first; and who looks whether it is free.
+        self._held: list[_Member] = []
+        self._freeing: asyncio.Task[None] | None = None
+        self._work = asyncio.Event()
+
+    def take(self, member: _Member) -> None:
+        """Commit it soon, and resolve its future."""
+        self._waiting.append(member)
+        self._work.set()
+
+    def look(self) -> None:
+        """Something may have become the first of its job."""
+        self._work.set()
+
+    async def run(self) -> None:
+        """Commit until cancelled."""
+        try:
+            while True:
+                await self._work.wait()
+                self._work.clear()
+                while group := self._take_group():
+                    await self._commit_group(group)
+        finally:
+            if self._freeing is not None:
+                self._freeing.cancel()
+
+    def _take_group(self) -> list[_Member]:
+        """The oldest that wait, one per job: an attempt cut short during a checkpoint, or rescued meanwhile, has two."""
+        group: list[_Member] = []
+        rest: list[_Member] = []
+        held_orders = {transition.job.order_id for transition, _ in self._held} - {None}
+        for member in self._waiting:
+            if member[0].job.order_id in held_orders:
+                self._held.append(member)
+            elif len(group) < MAX_GROUP and self._is_first(member):
+                group.append(member)
+            else:
+                rest.append(member)
+        self._waiting = rest
+        return group
+
+    async def _commit_group(self, group: list[_Member]) -> None:
+        try:
+            verdicts = await self._commit_surely([transition for transition, _ in group])
+        except RowsLockedError:
+            await self._hold_back(group)
+            return
+        except Exception as error:  # noqa: BLE001 - a group must not die of one member
+            if len(group) == 1:
+                await self._give_up_on(*group[0], error)
+                return
+            # One bad member rolls its whole group back: find it by committing singly.
+            for member in group:
+                await self._commit_group([member])
+            return
+        for (_, future), verdict in zip(group, verdicts, strict=True):
+            if not future.done():
+                future.set_result(verdict)
 
     async def _hold_back(self, group: list[_Member]) -> None:
         """Somebody holds something of this group: let those wait whom it concerns, and the others try again."""
@@ -174,24 +251,3 @@ class Committer:
                 self._events.emit(CommitFailed(job_id=job.id, error=(str(again).splitlines() or [""])[0]))
         if not future.done():
             future.set_result(verdict)
-
-    def _announce(self, changes: list[OrderChange]) -> None:
-        for change in changes:
-            self._untold.discard(change.order_id)
-            if change.has_ended:
-                self._events.emit(OrderSettled(order_id=change.order_id, status=change.status))
-            elif not change.told:
-                self._untold.add(change.order_id)
-        if self._untold and (self._telling is None or self._telling.done()):
-            self._telling = asyncio.get_running_loop().create_task(self._tell())
-
-    async def _tell(self) -> None:
-        """Tell listeners about changes that came too soon after the last: each order at most ten times a second."""
-        while self._untold:
-            await asyncio.sleep(0.1)
-            order_ids = set(self._untold)
-            try:
-                too_early = await self._store.tell_orders(order_ids)
-            except DatabaseUnavailableError:
-                continue
-            self._untold -= order_ids - too_early

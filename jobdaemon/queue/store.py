@@ -2,8 +2,8 @@
 PostgresJobStore: the only module that runs queue SQL.
 
 A daemon has five connections, whatever its team sizes: one claims, one finishes (a second finisher would only wait for the
-first on the orders they share), one does upkeep, one reads for the stages, and one listens and beats the heart: each heartbeat
-proves that the listening connection is alive, and nothing slow can hold a heartbeat up.
+first on the orders they share), one does upkeep, one reads for the stages and notes their provider calls, and one listens and
+beats the heart: each heartbeat proves that the listening connection is alive, and nothing slow can hold a heartbeat up.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class PostgresJobStore:
         self._claims = db.Session(address, name="claim", lock_timeout=_CLAIM_PATIENCE)
         self._finishes = db.Session(address, name="finish", lock_timeout=_COMMIT_PATIENCE)
         self._upkeep = db.Session(address, name="upkeep")
-        self._reads = db.Session(address, name="read")
+        self._reads = db.Session(address, name="read", lock_timeout=_COMMIT_PATIENCE)
         self._pulse = db.Session(address, name="pulse", on_connect=self._listen)
         #: The rows of the cache, over the connections of the stages and of upkeep.
         self.cache = CacheRows(self._reads, self._upkeep)
@@ -530,13 +530,30 @@ class PostgresJobStore:
             RowsLockedError: it was not, since somebody has held something of it for a second: see :meth:`locked_jobs`.
             asyncpg.PostgresError: the group was rolled back because of one of its members.
         """
-        async with self._finishes.use() as connection, connection.transaction():
+        # What only notes calls has a connection of its own, and waits for no commit of its order: a slot of a provider, for which
+        # others wait, is idle until then. For an order that has ended there is more to do.
+        committed = None
+        if all(t.only_notes_calls for t in transitions):
+            committed = await self._commit(transitions, daemon_id, only_notes=True)
+        if committed is None:
+            committed = await self._commit(transitions, daemon_id, wake)
+        assert committed is not None
+        return committed
+
+    async def _commit(
+        self, transitions: Sequence[Transition], daemon_id: int | None, wake: Iterable[str] = (), *, only_notes: bool = False
+    ) -> Committed | None:
+        """None, and nothing is done, where notes are of an order that has ended."""
+        session, lock = (self._reads, "share_orders") if only_notes else (self._finishes, "lock_orders")
+        async with session.use() as connection, connection.transaction():
             order_ids = sorted({t.job.order_id for t in transitions if t.job.order_id is not None})
             ended: set[int] = set()
             if order_ids:
-                locked = await connection.fetch(_JOBS["lock_orders"], order_ids)
+                locked = await connection.fetch(_JOBS[lock], order_ids)
                 ended = {record["id"] for record in locked if record["ended"]}
                 ended |= set(order_ids) - {record["id"] for record in locked}
+                if ended and only_notes:
+                    return None
             held = {
                 record["id"]: fence.HeldJob(record["status"], record["token"], record["abort_requested"])
                 for record in await connection.fetch(_JOBS["lock_jobs"], sorted(t.job.id for t in transitions))

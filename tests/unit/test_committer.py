@@ -10,7 +10,7 @@ import pytest
 
 from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import End, Transition, Verdict
-from jobdaemon.domain.write import ImageFailed
+from jobdaemon.domain.write import CallAccepted, ImageFailed
 from jobdaemon.errors import DatabaseUnavailableError, RetryableError
 from jobdaemon.events import CommitFailed, Event, Events
 from jobdaemon.queue.committer import MAX_GROUP, Committer
@@ -63,6 +63,8 @@ async def committer(fake: FakeStore, seen: list[Event]) -> AsyncIterator[Committ
     events.subscribe(seen.append)
     committer = Committer(fake, events)  # type: ignore[arg-type]
     task = asyncio.ensure_future(committer.run())
+    for _ in range(3):
+        await asyncio.sleep(0)  # until it waits for work
     yield committer
     task.cancel()
 
@@ -138,3 +140,38 @@ async def test_giving_up_waiting_calls_nothing_back(committer: Committer, fake: 
     fake.gate.set()
     assert await committer.commit(_end(2)) is Verdict.ACCEPTED
     assert [t.job.id for group in fake.groups for t in group] == [1, 2]
+
+
+def _note(job_id: int) -> Transition:
+    job = Job(job_id, "generate.dashscope", Task.GENERATE, 0, {"order_id": 7, "images": [1]}, token=1)
+    return Transition(job, End.CHECKPOINT, writes=(CallAccepted(7, job_id, "task-1"),))
+
+
+async def test_a_note_of_a_call_passes_commits_that_are_under_way(committer: Committer, fake: FakeStore) -> None:
+    """It goes at once, beside a commit that takes its time."""
+    end = asyncio.ensure_future(committer.commit(_end(1)))
+    await fake.asked.wait()
+    fake.asked.clear()
+    note = asyncio.ensure_future(committer.commit(_note(2)))
+    async with asyncio.timeout(5):
+        await fake.asked.wait()
+    assert [[t.job.id for t in group] for group in fake.groups] == [[1], [2]]
+    fake.gate.set()
+    assert set(await asyncio.gather(end, note)) == {Verdict.ACCEPTED}
+
+
+async def test_the_end_of_a_job_waits_for_its_note(committer: Committer, fake: FakeStore) -> None:
+    """The id of a task that is being noted when its attempt is cut short is in before the job is handed back."""
+    note = asyncio.ensure_future(committer.commit(_note(1)))
+    await fake.asked.wait()
+    note.cancel()
+    ends = asyncio.gather(committer.commit(_end(1, End.HANDED_BACK)), committer.commit(_end(2)))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    fake.gate.set()
+    await ends
+    assert [(t.job.id, t.end) for group in fake.groups for t in group] == [
+        (1, End.CHECKPOINT),
+        (2, End.SUCCEEDED),
+        (1, End.HANDED_BACK),
+    ]

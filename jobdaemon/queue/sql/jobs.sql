@@ -164,8 +164,14 @@ SELECT (SELECT count(DISTINCT a.job_id) FROM jobdaemon.attempts a
     LIMIT $6) AS died;
 
 -- name: lock_orders
--- Orders first, by id; then jobs; then images: every transaction that touches several keeps this order.
-SELECT id, finished_at IS NOT NULL AS ended FROM jobdaemon.orders WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
+-- Orders first, by id; then jobs; then images: every transaction that touches several keeps this order. What share_orders locks
+-- goes on beside it.
+SELECT id, finished_at IS NOT NULL AS ended FROM jobdaemon.orders WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE;
+
+-- name: share_orders
+-- For what changes nothing of these orders: it waits for nobody but those who mean to stop their jobs, as cancelling does, or to
+-- delete them.
+SELECT id, finished_at IS NOT NULL AS ended FROM jobdaemon.orders WHERE id = ANY ($1::bigint[]) ORDER BY id FOR KEY SHARE;
 
 -- name: lock_jobs
 -- The jobs of a group of transitions, by id, with what the fence needs.
@@ -186,7 +192,7 @@ WHERE coalesce(extract(epoch FROM w.last_heartbeat)::text, '') <> s.last_beat;
 WITH asked AS (
     SELECT a.job_id, a.order_id FROM unnest($1::bigint[], $2::bigint[]) AS a (job_id, order_id)
 ), free_orders AS (
-    SELECT o.id FROM jobdaemon.orders o WHERE o.id = ANY ($2::bigint[]) FOR UPDATE SKIP LOCKED
+    SELECT o.id FROM jobdaemon.orders o WHERE o.id = ANY ($2::bigint[]) FOR NO KEY UPDATE SKIP LOCKED
 ), free_jobs AS (
     SELECT j.id FROM jobdaemon.procrastinate_jobs j WHERE j.id = ANY ($1::bigint[]) FOR UPDATE SKIP LOCKED
 ), free_images AS (
