@@ -23,12 +23,11 @@ from jobdaemon import schema_version
 from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
-from jobdaemon.domain.keys import ProviderKey
-from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.prewarm import backend_key
 from jobdaemon.domain.retry import RetryPolicy
+from jobdaemon.domain.rows import differing_rows
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError, StoreRefusedError, StoreUnavailableError
-from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
+from jobdaemon.events import DatabaseLost, Event, Events, SettingsOverruled, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.image_cache import CacheKeeper
@@ -37,6 +36,7 @@ from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
 from jobdaemon.settings_generate import PhotoLink, what_shapes_images
+from jobdaemon.settings_rows import overruled, plans, provider_keys, queue_names, wanted_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,49 +115,24 @@ def address(settings: Settings, url: str) -> DatabaseAddress:
     )
 
 
-def plans(settings: Settings) -> list[Plan]:
-    """The plans as rows."""
-    return [
-        Plan(
-            name=name,
-            images=plan.images,
-            priority=plan.priority,
-            stage_priority=plan.stage_priority.named(),
-            lift_after=plan.lift_after,
-            expires_after=plan.expires_after,
-            max_open_orders=plan.max_open_orders,
-            max_open_orders_per_customer=plan.max_open_orders_per_customer,
-            prompts=settings.orders.prompts[name],
-            provider=settings.orders.provider,
-        )
-        for name, plan in settings.plans.items()
-    ]
-
-
-def queue_names(settings: Settings) -> list[str]:
-    """Every queue these settings know, worked by this daemon or not."""
-    known = {BEAUTIFY_QUEUE, UPLOAD_QUEUE, generate_queue(settings.orders.provider)}
-    known |= {generate_queue(name) for name in settings.generate.usable()}
-    return sorted(known | {name for name in settings.queues if name != "generate"})
-
-
-def provider_keys(settings: Settings) -> list[ProviderKey]:
-    """The provider keys as rows, without their secrets."""
-    return [
-        ProviderKey(provider, key.alias, key.concurrency, key.rate, key.daily_budget)
-        for provider, keys in settings.provider_keys().items()
-        for key in keys
-    ]
-
-
 def _key_aliases(settings: Settings) -> dict[str, tuple[str, ...]]:
     """The keys of each provider that has any."""
     return {name: tuple(key.alias for key in keys) for name, keys in settings.provider_keys().items()}
 
 
-async def ensure_rows(store: PostgresJobStore, settings: Settings) -> None:
-    """Insert the plans, queues and provider keys that are missing; an operator's rows stay as they are."""
+async def ensure_rows(store: PostgresJobStore, settings: Settings, events: Events | None = None) -> None:
+    """
+    Insert the plans, queues and provider keys that are missing; an operator's rows stay as they are.
+
+    Args:
+        events: tell where such a row says something else than the settings.
+    """
     await store.ensure_rows(queue_names(settings), plans(settings), provider_keys(settings))
+    if events is None:
+        return
+    for row in differing_rows(wanted_rows(settings), await store.rows_of_settings()):
+        if row.named:
+            events.emit(SettingsOverruled(row=row.title, reason=": ".join(overruled(row))))
 
 
 def require_schema(applied: list[str]) -> None:
@@ -520,7 +495,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             events=events,
             version=program_version(),
             require_schema=require_schema,
-            ensure_rows=lambda: ensure_rows(store, settings),
+            ensure_rows=lambda: ensure_rows(store, settings, events),
             discard=lambda keys: _discard(artifacts, keys, events),
             images_per_call=_images_per_call(settings, providers),
             fallback=_fallback_rules(settings, providers),

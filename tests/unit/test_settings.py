@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobdaemon import settings as module
-from jobdaemon.app import plans
 from jobdaemon.errors import SettingsError
 from jobdaemon.settings import Settings, load_settings, setting_keys
+from jobdaemon.settings_rows import plans
 from jobdaemon.settings_values import cores
 from jobdaemon.units import MAX_DURATION, MAX_SIZE_BYTES, format_duration, format_size, parse_duration, parse_size
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from jobdaemon import app
+from jobdaemon import app, settings_rows
 from jobdaemon import settings as module
 from jobdaemon.cli.config import _flat, _toml
 from jobdaemon.domain.keys import ProviderKey
@@ -77,7 +77,7 @@ def test_no_keys_by_default(write: Write) -> None:
     """A provider without keys has none, and gives neither rows nor rules."""
     settings = load_settings(write("[generate.painter]\nkeys = []\n"), {})
     assert settings.provider_keys() == {}
-    assert app.provider_keys(settings) == []
+    assert settings_rows.provider_keys(settings) == []
 
 
 def test_keys_of_a_file(write: Write, tmp_path: Path) -> None:
@@ -89,7 +89,10 @@ def test_keys_of_a_file(write: Write, tmp_path: Path) -> None:
     )
     settings = load_settings(path, {})
     assert secrets(settings) == [("one", "hunter2-one"), ("two", "hunter2-two")]
-    assert app.provider_keys(settings) == [ProviderKey("painter", "one", 3, 0.5), ProviderKey("painter", "two", daily_budget=700)]
+    assert settings_rows.provider_keys(settings) == [
+        ProviderKey("painter", "one", 3, 0.5),
+        ProviderKey("painter", "two", daily_budget=700),
+    ]
     assert settings.origin("generate.painter.keys.0.rate") == f"{path}:5"
     assert settings.origin("generate.painter.keys.1.alias") == f"{path}:8"
     assert settings.origin("generate.painter.keys.1.key") == f"{tmp_path / 'two'} (named by {path}:9)"
