@@ -259,31 +259,64 @@ def _photo_enhance_backend(settings: Settings) -> BeautifyBackend:
     )
 
 
-async def start_backend(settings: Settings) -> BeautifyBackend:
+@dataclass(frozen=True, slots=True)
+class ChosenBackend:
     """
     The beautify backend, able to work.
+
+    Attributes:
+        why_not_gfpgan: where ``auto`` may choose and chose another one; else empty.
+        is_wish_unmet: weights are set, so somebody wants gfpgan.
+    """
+
+    backend: BeautifyBackend
+    why_not_gfpgan: str = ""
+    is_wish_unmet: bool = False
+
+
+async def start_backend(settings: Settings) -> BeautifyBackend:
+    """
+    The beautify backend, able to work; the log says why it is not gfpgan where that is wanted.
 
     Raises:
         SettingsError: it cannot work on this machine as it is set.
         DeviceFailedError: it could, but did not come up.
     """
-    gfpgan = await _start_gfpgan(settings) if settings.beautify.backend in ("auto", "gfpgan") else None
-    return gfpgan or open_backend(settings)
+    chosen = await choose_backend(settings)
+    if chosen.is_wish_unmet:
+        logger.warning("beautify.backend is %s, because %s", chosen.backend.name, chosen.why_not_gfpgan)
+    return chosen.backend
 
 
-async def _start_gfpgan(settings: Settings) -> BeautifyBackend | None:
-    """The backend gfpgan; None where it may be another one, and something that gfpgan needs is not here."""
+async def choose_backend(settings: Settings) -> ChosenBackend:
+    """
+    The beautify backend, able to work, and why it is not a better one.
+
+    Raises:
+        SettingsError, DeviceFailedError: as :func:`start_backend`.
+    """
+    if settings.beautify.backend not in ("auto", "gfpgan"):
+        return ChosenBackend(open_backend(settings))
+    gfpgan = await _start_gfpgan(settings, may_be_other=settings.beautify.backend == "auto")
+    if isinstance(gfpgan, str):
+        return ChosenBackend(open_backend(settings), gfpgan, is_wish_unmet=settings.beautify.weights is not None)
+    return ChosenBackend(gfpgan)
+
+
+async def _start_gfpgan(settings: Settings, *, may_be_other: bool) -> BeautifyBackend | str:
+    """The backend gfpgan; where it may be another one, and something that gfpgan needs is not here, what that is."""
     section = settings.beautify
-    may_be_other = section.backend == "auto"
-    if section.weights is None or (may_be_other and section.device == "cpu"):
-        return None  # without a GPU it is no match for opencv: on a CPU it has to be asked for
     from jobdaemon.backends.gfpgan.backend import GfpganBackend, GfpganRules, what_is_missing
     from jobdaemon.backends.gfpgan.process import RefusedError
     from jobdaemon.photo import PhotoLimits
 
-    if may_be_other and (missing := what_is_missing(section.weights)):
-        logger.warning("beautify.backend is opencv, because %s", missing)
-        return None
+    missing = what_is_missing(section.weights)
+    # That weights are set where gfpgan is asked for is the settings' business; a file that is not there the child's.
+    if section.weights is None or (may_be_other and missing is not None):
+        return str(missing)
+    if may_be_other and section.device == "cpu":
+        # Without a GPU it is no match for opencv in speed.
+        return 'beautify.device is "cpu", on which gfpgan has to be asked for: beautify.backend = "gfpgan"'
     rules = GfpganRules(
         weights=section.weights,
         sha256=section.weights_sha256,
@@ -301,10 +334,23 @@ async def _start_gfpgan(settings: Settings) -> BeautifyBackend | None:
     except BaseException as error:
         await backend.close()
         if may_be_other and isinstance(error, RefusedError) and error.lacks_device:
-            logger.warning("beautify.backend is opencv, because gfpgan cannot work here: %s", error)
-            return None
+            return f"gfpgan cannot work here: {error}"
         raise
     return backend
+
+
+def what_is_wrong_with_weights(settings: Settings) -> str | None:
+    """Why the file with GFPGAN's weights could not be used, where there is one; reads all of it, about half a second."""
+    from jobdaemon.backends.gfpgan.weights import identify
+
+    weights = settings.beautify.weights
+    if weights is None or not weights.exists():
+        return None
+    try:
+        identify(weights, sha256=settings.beautify.weights_sha256)
+    except SettingsError as error:
+        return str(error)
+    return None
 
 
 def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:
