@@ -130,6 +130,25 @@ def test_a_file_everybody_can_read_warns(write: Write, tmp_path: Path) -> None:
     assert f"generate.painter.keys.1.key: {secret} holds a secret" in warnings[1]
 
 
+def test_keys_in_one_line_warn_with_their_place(write: Write, tmp_path: Path) -> None:
+    """An array written as a value has its own line, and each of its keys the same; given by a variable, that variable's name."""
+    one = '{alias = "one", key = "hunter2-one", daily_budget = 4}'
+    path = write(f'[generate.painter]\nkeys = [{one},\n {{alias = "two", key_file = "two"}}]\n')
+    (tmp_path / "two").write_text("hunter2-two")
+    (tmp_path / "two").chmod(0o644)
+    path.chmod(0o644)
+    settings = load_settings(path, {})
+    assert [line.partition(" holds")[0].partition(" is smaller")[0] for line in settings.warnings()] == [
+        f"{path}:2: generate.painter.keys.0.key: {path}",
+        f"{tmp_path / 'two'} (named by {path}:2): generate.painter.keys.1.key: {tmp_path / 'two'}",
+        f"{path}:2: generate.painter.keys.0.daily_budget:",
+    ]
+    assert settings.origin("generate.painter.keys") == f"{path}:2"
+    assert load_settings(write(ONE), {}).origin("generate.painter.keys") == f"{path}:1"
+    [warning] = load_settings(None, {VARIABLE: '[{"alias": "a", "key": "hunter2", "daily_budget": 4}]'}).warnings()
+    assert warning.startswith(f"{VARIABLE}: generate.painter.keys.0.daily_budget: is smaller")
+
+
 def test_a_budget_below_one_call_warns(write: Write) -> None:
     """A budget that no call of the usual size fits into is hardly meant."""
     path = write(f"{ONE}daily_budget = 4\n")
