@@ -33,6 +33,25 @@ WITH worker AS (
 )
 UPDATE jobdaemon.daemons SET status = $2, stopped_at = CASE WHEN $2 = 'stopped' THEN clock_timestamp() END WHERE id = $1;
 
+-- name: restore_daemon
+-- The row of daemon $1, which beats, where it is gone: it was silent for so long that it was pruned, or somebody removed it.
+INSERT INTO jobdaemon.daemons (id, host, pid, version, queues, keys)
+SELECT w.id, $2, $3, $4, $5::jsonb, $6::jsonb FROM jobdaemon.procrastinate_workers w WHERE w.id = $1
+ON CONFLICT (id) DO NOTHING;
+
+-- name: prune_daemons
+-- Removes rows ($2 at most) of daemons that have not been heard of for $3 seconds, by daemon $1: those that run no job, and that no
+-- failed attempt names, whose machine somebody may want to know. Their workers' rows stay, since finished jobs point at them.
+WITH gone AS (
+    SELECT d.id FROM jobdaemon.daemons d LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = d.id
+    WHERE d.id <> $1
+        AND greatest(d.started_at, d.stopped_at, w.last_heartbeat) < clock_timestamp() - $3::float8 * interval '1 second'
+        AND NOT EXISTS (SELECT FROM jobdaemon.procrastinate_jobs j WHERE j.worker_id = d.id AND j.status = 'doing')
+        AND NOT EXISTS (SELECT FROM jobdaemon.attempts a WHERE a.daemon_id = d.id)
+    ORDER BY d.id LIMIT $2 FOR UPDATE OF d SKIP LOCKED
+)
+DELETE FROM jobdaemon.daemons d USING gone WHERE d.id = gone.id RETURNING d.id;
+
 -- name: ensure_queues
 -- Rows for the queues we serve; an operator's rows stay as they are.
 INSERT INTO jobdaemon.queues (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING;
