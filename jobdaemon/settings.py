@@ -672,7 +672,8 @@ def _tried(table: Table, places: Mapping[str, str]) -> tuple[Settings | None, li
     except ValidationError as error:
         details = error.errors(include_url=False)
     problems = [problem for one in details for problem in _problems_of(one, places)]
-    return None, problems, [_path_of(one) for one in details if one["type"] != "contradiction"]
+    paths = (_path_of(one) for one in details if one["type"] != "contradiction")
+    return None, problems, [path for path in paths if path]
 
 
 def _path_of(details: ErrorDetails) -> Path_:
