@@ -23,12 +23,11 @@ from jobdaemon import schema_version
 from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.fallback import FallbackRules
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, Task, generate_queue
-from jobdaemon.domain.keys import ProviderKey
-from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.prewarm import backend_key
 from jobdaemon.domain.retry import RetryPolicy
+from jobdaemon.domain.rows import differing_rows
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError, StoreRefusedError, StoreUnavailableError
-from jobdaemon.events import DatabaseLost, Event, Events, UpkeepFailed
+from jobdaemon.events import DatabaseLost, Event, Events, SettingsOverruled, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.image_cache import CacheKeeper
@@ -37,6 +36,7 @@ from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
 from jobdaemon.settings_generate import PhotoLink, what_shapes_images
+from jobdaemon.settings_rows import overruled, plans, provider_keys, queue_names, wanted_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,49 +115,24 @@ def address(settings: Settings, url: str) -> DatabaseAddress:
     )
 
 
-def plans(settings: Settings) -> list[Plan]:
-    """The plans as rows."""
-    return [
-        Plan(
-            name=name,
-            images=plan.images,
-            priority=plan.priority,
-            stage_priority=plan.stage_priority.named(),
-            lift_after=plan.lift_after,
-            expires_after=plan.expires_after,
-            max_open_orders=plan.max_open_orders,
-            max_open_orders_per_customer=plan.max_open_orders_per_customer,
-            prompts=settings.orders.prompts[name],
-            provider=settings.orders.provider,
-        )
-        for name, plan in settings.plans.items()
-    ]
-
-
-def queue_names(settings: Settings) -> list[str]:
-    """Every queue these settings know, worked by this daemon or not."""
-    known = {BEAUTIFY_QUEUE, UPLOAD_QUEUE, generate_queue(settings.orders.provider)}
-    known |= {generate_queue(name) for name in settings.generate.usable()}
-    return sorted(known | {name for name in settings.queues if name != "generate"})
-
-
-def provider_keys(settings: Settings) -> list[ProviderKey]:
-    """The provider keys as rows, without their secrets."""
-    return [
-        ProviderKey(provider, key.alias, key.concurrency, key.rate, key.daily_budget)
-        for provider, keys in settings.provider_keys().items()
-        for key in keys
-    ]
-
-
 def _key_aliases(settings: Settings) -> dict[str, tuple[str, ...]]:
     """The keys of each provider that has any."""
     return {name: tuple(key.alias for key in keys) for name, keys in settings.provider_keys().items()}
 
 
-async def ensure_rows(store: PostgresJobStore, settings: Settings) -> None:
-    """Insert the plans, queues and provider keys that are missing; an operator's rows stay as they are."""
+async def ensure_rows(store: PostgresJobStore, settings: Settings, events: Events | None = None) -> None:
+    """
+    Insert the plans, queues and provider keys that are missing; an operator's rows stay as they are.
+
+    Args:
+        events: tell where such a row says something else than the settings.
+    """
     await store.ensure_rows(queue_names(settings), plans(settings), provider_keys(settings))
+    if events is None:
+        return
+    for row in differing_rows(wanted_rows(settings), await store.rows_of_settings()):
+        if row.named:
+            events.emit(SettingsOverruled(row=row.title, reason=": ".join(overruled(row))))
 
 
 def require_schema(applied: list[str]) -> None:
@@ -284,31 +259,64 @@ def _photo_enhance_backend(settings: Settings) -> BeautifyBackend:
     )
 
 
-async def start_backend(settings: Settings) -> BeautifyBackend:
+@dataclass(frozen=True, slots=True)
+class ChosenBackend:
     """
     The beautify backend, able to work.
+
+    Attributes:
+        why_not_gfpgan: where ``auto`` may choose and chose another one; else empty.
+        is_wish_unmet: weights are set, so somebody wants gfpgan.
+    """
+
+    backend: BeautifyBackend
+    why_not_gfpgan: str = ""
+    is_wish_unmet: bool = False
+
+
+async def start_backend(settings: Settings) -> BeautifyBackend:
+    """
+    The beautify backend, able to work; the log says why it is not gfpgan where that is wanted.
 
     Raises:
         SettingsError: it cannot work on this machine as it is set.
         DeviceFailedError: it could, but did not come up.
     """
-    gfpgan = await _start_gfpgan(settings) if settings.beautify.backend in ("auto", "gfpgan") else None
-    return gfpgan or open_backend(settings)
+    chosen = await choose_backend(settings)
+    if chosen.is_wish_unmet:
+        logger.warning("beautify.backend is %s, because %s", chosen.backend.name, chosen.why_not_gfpgan)
+    return chosen.backend
 
 
-async def _start_gfpgan(settings: Settings) -> BeautifyBackend | None:
-    """The backend gfpgan; None where it may be another one, and something that gfpgan needs is not here."""
+async def choose_backend(settings: Settings) -> ChosenBackend:
+    """
+    The beautify backend, able to work, and why it is not a better one.
+
+    Raises:
+        SettingsError, DeviceFailedError: as :func:`start_backend`.
+    """
+    if settings.beautify.backend not in ("auto", "gfpgan"):
+        return ChosenBackend(open_backend(settings))
+    gfpgan = await _start_gfpgan(settings, may_be_other=settings.beautify.backend == "auto")
+    if isinstance(gfpgan, str):
+        return ChosenBackend(open_backend(settings), gfpgan, is_wish_unmet=settings.beautify.weights is not None)
+    return ChosenBackend(gfpgan)
+
+
+async def _start_gfpgan(settings: Settings, *, may_be_other: bool) -> BeautifyBackend | str:
+    """The backend gfpgan; where it may be another one, and something that gfpgan needs is not here, what that is."""
     section = settings.beautify
-    may_be_other = section.backend == "auto"
-    if section.weights is None or (may_be_other and section.device == "cpu"):
-        return None  # without a GPU it is no match for opencv: on a CPU it has to be asked for
     from jobdaemon.backends.gfpgan.backend import GfpganBackend, GfpganRules, what_is_missing
     from jobdaemon.backends.gfpgan.process import RefusedError
     from jobdaemon.photo import PhotoLimits
 
-    if may_be_other and (missing := what_is_missing(section.weights)):
-        logger.warning("beautify.backend is opencv, because %s", missing)
-        return None
+    missing = what_is_missing(section.weights)
+    # That weights are set where gfpgan is asked for is the settings' business; a file that is not there the child's.
+    if section.weights is None or (may_be_other and missing is not None):
+        return str(missing)
+    if may_be_other and section.device == "cpu":
+        # Without a GPU it is no match for opencv in speed.
+        return 'beautify.device is "cpu", on which gfpgan has to be asked for: beautify.backend = "gfpgan"'
     rules = GfpganRules(
         weights=section.weights,
         sha256=section.weights_sha256,
@@ -326,10 +334,23 @@ async def _start_gfpgan(settings: Settings) -> BeautifyBackend | None:
     except BaseException as error:
         await backend.close()
         if may_be_other and isinstance(error, RefusedError) and error.lacks_device:
-            logger.warning("beautify.backend is opencv, because gfpgan cannot work here: %s", error)
-            return None
+            return f"gfpgan cannot work here: {error}"
         raise
     return backend
+
+
+def what_is_wrong_with_weights(settings: Settings) -> str | None:
+    """Why the file with GFPGAN's weights could not be used, where there is one; reads all of it, about half a second."""
+    from jobdaemon.backends.gfpgan.weights import identify
+
+    weights = settings.beautify.weights
+    if weights is None or not weights.exists():
+        return None
+    try:
+        identify(weights, sha256=settings.beautify.weights_sha256)
+    except SettingsError as error:
+        return str(error)
+    return None
 
 
 def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:
@@ -520,7 +541,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             events=events,
             version=program_version(),
             require_schema=require_schema,
-            ensure_rows=lambda: ensure_rows(store, settings),
+            ensure_rows=lambda: ensure_rows(store, settings, events),
             discard=lambda keys: _discard(artifacts, keys, events),
             images_per_call=_images_per_call(settings, providers),
             fallback=_fallback_rules(settings, providers),

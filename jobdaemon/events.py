@@ -61,6 +61,14 @@ class SettingsReloaded(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class SettingsOverruled(Event):
+    """A *row* of the database, such as ``plan Free``, says something else than the settings, and wins; told at the start."""
+
+    row: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class JobStarted(Event):
     """An attempt, counted from 1, began."""
 

@@ -41,6 +41,7 @@ from jobdaemon.events import (
     OrdersLifted,
     ProviderChanged,
     QueueRests,
+    SettingsOverruled,
     SettingsReloaded,
     UpkeepFailed,
 )
@@ -49,13 +50,15 @@ from jobdaemon.redact import MASK, is_secret_name, redact
 Level = Literal["debug", "info", "warning", "error"]
 EventDict = MutableMapping[str, Any]
 
-#: What a line says, and how important it is, by event. Levels that depend on the event's outcome are in level_of().
-_LINES: Mapping[type[Event], tuple[Level, str]] = {
+#: How important a line is, and what it says under ``event``, by event; a test holds docs/configure.md equal.
+#: Levels that depend on the event's outcome are in level_of().
+LINES: Mapping[type[Event], tuple[Level, str]] = {
     DaemonStarted: ("info", "daemon started"),
     DaemonReady: ("info", "daemon ready"),
     DaemonStopping: ("info", "daemon stopping"),
     DaemonStopped: ("info", "daemon stopped"),
     SettingsReloaded: ("info", "settings reloaded"),
+    SettingsOverruled: ("warning", "settings overruled"),
     JobStarted: ("debug", "job started"),
     JobFinished: ("info", "job finished"),
     JobIsolated: ("warning", "job runs alone"),
@@ -99,13 +102,13 @@ def level_of(event: Event) -> Level:
             return "warning"
         case SettingsReloaded(error=str()):
             return "error"
-    return _LINES.get(type(event), ("info", ""))[0]
+    return LINES.get(type(event), ("info", ""))[0]
 
 
 def line_of(event: Event) -> tuple[str, dict[str, Any]]:
     """The words of the line of *event*, and its fields; fields without a value are left out."""
     values = {field.name: getattr(event, field.name) for field in fields(event)}
-    words = _LINES.get(type(event), ("info", type(event).__name__))[1]
+    words = LINES.get(type(event), ("info", type(event).__name__))[1]
     if isinstance(event, SettingsReloaded) and event.error is not None:
         words = "settings not reloaded"
     return words, {name: _rounded(value) for name, value in values.items() if value is not None and value != ""}

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -374,7 +375,13 @@ class Settings(Section):
         Returns:
             ``file:line``, the name of a variable, or ``default``; for a secret read from a file, that file and who named it.
         """
-        return self._origins.get(key.replace('"', ""), "default")
+        key = key.replace('"', "")
+        if (place := self._origins.get(key)) is not None:
+            return place
+        # Tables in an array stand each in its own place, or together in that of the array, when it is given as one value.
+        items = (name for name in self._origins if re.match(rf"{re.escape(key)}\.\d+(\.|$)", name))
+        array = re.match(r"(.+?)\.\d+\.\w+$", key)
+        return self._origins.get(array[1] if array else next(items, ""), "default")
 
     def shown(self) -> dict[str, Any]:
         """
@@ -415,7 +422,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
         least = format_duration(3 * engine.heartbeat)
         yield Problem("engine.lease", f"must be at least three times engine.heartbeat, that is {least}")
     if settings.database.url is not None and not re.match(r"postgres(ql)?://", settings.database.url.get_secret_value()):
-        yield Problem("database.url", "must start with postgresql://")
+        yield Problem("database.url", "must start with postgresql://", is_alone=True)
     if settings.store.kind == "r2":
         needed = ("endpoint_url", "bucket", "access_key_id", "secret_access_key")
         for key in (key for key in needed if getattr(r2, key) is None):
@@ -425,11 +432,15 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
     yield from _key_contradictions(settings)
     yield from provider_contradictions(settings.generate, settings.superbed, orders.provider, settings.store.kind)
     if orders.provider not in PROVIDERS:
-        yield Problem("orders.provider", f"there is no provider {orders.provider!r}; there is {', '.join(PROVIDERS)}")
+        yield _unknown_provider("orders.provider", orders.provider)
     yield from _fallback_contradictions(settings)
     yield from _cache_contradictions(settings)
     yield from beautify_contradictions(settings.beautify, settings.queue("beautify").run_timeout)
     yield from plan_contradictions(settings.plans, orders)
+
+
+def _unknown_provider(key: str, name: str) -> Problem:
+    return Problem(key, f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}", is_alone=True)
 
 
 def _fallback_contradictions(settings: Settings) -> Iterator[Problem]:
@@ -437,25 +448,26 @@ def _fallback_contradictions(settings: Settings) -> Iterator[Problem]:
     chains |= {f"plans.{name}.fallback": plan.fallback or () for name, plan in settings.plans.items()}
     for name in settings.orders.fallback:
         if name not in PROVIDERS:
-            yield Problem(f"orders.fallback.{name}", f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
+            yield _unknown_provider(f"orders.fallback.{name}", name)
         elif name in settings.orders.fallback[name]:
-            yield Problem(f"orders.fallback.{name}", f"names {name} as its own fallback")
+            yield Problem(f"orders.fallback.{name}", f"names {name} as its own fallback", is_alone=True)
     for key, chain in chains.items():
         for name in dict.fromkeys(chain):
             if name not in PROVIDERS:
-                yield Problem(key, f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
+                yield _unknown_provider(key, name)
             elif name not in settings.generate.usable():
                 yield Problem(key, f"names {name}, but generate.{name} lacks what it takes to call it")
             if chain.count(name) > 1:
-                yield Problem(key, f"names {name} more than once")
+                yield Problem(key, f"names {name} more than once", is_alone=True)
 
 
 def _cache_contradictions(settings: Settings) -> Iterator[Problem]:
     for name in settings.cache.providers:
         if name == "local":
-            yield Problem("cache.providers", "names local, which makes its images on this machine: there is nothing to save")
+            text = "names local, which makes its images on this machine: there is nothing to save"
+            yield Problem("cache.providers", text, is_alone=True)
         elif name not in PROVIDERS:
-            yield Problem("cache.providers", f"there is no provider {name!r}; there is {', '.join(PROVIDERS)}")
+            yield _unknown_provider("cache.providers", name)
 
 
 def _queue_contradictions(settings: Settings) -> Iterator[Problem]:
@@ -474,9 +486,9 @@ def _key_contradictions(settings: Settings) -> Iterator[Problem]:
         for number, key in enumerate(keys):
             place = f"generate.{provider}.keys.{number}"
             if key.key is None:
-                yield Problem(f"{place}.key", f"must be set (or {place}.key_file)")
+                yield Problem(f"{place}.key", f"must be set (or {place}.key_file)", is_alone=True)
             if key.alias in aliases:
-                yield Problem(f"{place}.alias", f"{key.alias} is the alias of another key")
+                yield Problem(f"{place}.alias", f"{key.alias} is the alias of another key", is_alone=True)
             aliases.add(key.alias)
 
 
@@ -636,17 +648,59 @@ def _resolve_paths(
 
 
 def _validated(table: Table, places: Mapping[str, str], problems: list[Problem]) -> Settings:
-    settings = None
-    try:
-        settings = Settings.model_validate(table)
-    except ValidationError as error:
-        known = {problem.key for problem in problems}
-        found = (problem for details in error.errors(include_url=False) for problem in _problems_of(details, places))
-        # A secret whose file could not be read is missing for a reason already given.
-        problems += (problem for problem in found if f"{problem.key}_file" not in known)
+    settings, found, wrong = _tried(table, places)
+    if settings is None and wrong:
+        # While a value is wrong nothing looks at what the others mean together: they are tried once more without those.
+        rest = deepcopy(table)
+        for path in wrong:
+            _drop(rest, path)
+        _, more, still_wrong = _tried(rest, places)
+        if not still_wrong:
+            found += [problem for problem in more if not any(_may_follow_from(path, problem) for path in wrong)]
+    known = {problem.key for problem in problems}
+    # A secret whose file could not be read is missing for a reason already given.
+    problems += (problem for problem in found if f"{problem.key}_file" not in known)
     if settings is None or problems:
-        raise SettingsError("\n".join(map(str, problems)))  # outside the except: its context would hold the input
+        raise SettingsError("\n".join(map(str, problems)))  # outside every except: its context would hold the input
     return settings
+
+
+def _tried(table: Table, places: Mapping[str, str]) -> tuple[Settings | None, list[Problem], list[Path_]]:
+    """The settings, or all that is wrong with them, and the paths of the values that are wrong by themselves."""
+    try:
+        return Settings.model_validate(table), [], []
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    problems = [problem for one in details for problem in _problems_of(one, places)]
+    paths = (_path_of(one) for one in details if one["type"] != "contradiction")
+    return None, problems, [path for path in paths if path]
+
+
+def _path_of(details: ErrorDetails) -> Path_:
+    """The setting to blame; of an array the whole."""
+    path = tuple(part for part in details["loc"] if part != "[key]")
+    number = next((index for index, part in enumerate(path) if isinstance(part, int)), len(path))
+    return path[:number]
+
+
+def _drop(table: Table, path: Path_) -> None:
+    inner: Any = table
+    for part in path[:-1]:
+        inner = inner.get(part) if isinstance(inner, dict) else None
+    if isinstance(inner, dict) and path:
+        inner.pop(path[-1], None)
+
+
+def _may_follow_from(wrong: Path_, problem: Problem) -> bool:
+    """
+    Whether *problem* may be gone once *wrong* is right: it names that setting, or, of queues and providers, one beside it.
+
+    There a setting may stand for another without being named: ``keys`` for ``api_key``, ``queues.generate`` for each provider's.
+    """
+    if problem.is_alone:
+        return False
+    name = dotted(wrong[:2] if wrong[0] in ("queues", "generate") else wrong)
+    return re.search(rf"\b{re.escape(name)}\b", f"{problem.key} {problem.text}") is not None
 
 
 def _problems_of(details: ErrorDetails, places: Mapping[str, str]) -> Iterator[Problem]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from jobdaemon.settings_sources import Problem
 from jobdaemon.settings_values import (
@@ -32,19 +33,27 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 BatchSize = Annotated[Whole, Field(ge=1, le=64)]
 
 
+def _without_version(value: str | None) -> str | None:
+    """As with DashScope's address: who gives it with the version means the same."""
+    address = value and value.removesuffix("/api/v1")
+    if address and "/api/v1/" in f"{urlsplit(address).path}/":
+        raise ValueError('must be the address of the service alone, such as "http://10.0.0.7:8000": "/api/v1/…" is added to it')
+    return address
+
+
 class PhotoEnhanceSettings(Section):
     """
     A photo enhance service (PhotoEnhanceAI) on another machine.
 
     Attributes:
-        url: its address, without /api/v1.
+        url: its address; ``/api/v1`` at its end is taken away.
         poll: how often a photo's task is asked for.
         timeout: for one photo, from upload to result; shorter than the queue's run_timeout.
         max_pixels: of what is sent; a larger photo is sent smaller. The service makes 16 times as many.
         max_result_bytes: largest result that is fetched.
     """
 
-    url: WebUrl = None
+    url: Annotated[WebUrl, AfterValidator(_without_version)] = None
     poll: LongerThanZero = timedelta(seconds=2)
     timeout: LongerThanZero = timedelta(seconds=240)
     max_pixels: Annotated[Whole, Field(ge=65_536, le=12_000_000)] = 6_000_000
@@ -94,7 +103,8 @@ def beautify_contradictions(section: BeautifySettings, run_timeout: timedelta) -
     if section.backend == "gfpgan" and section.weights is None:
         yield Problem("beautify.weights", 'must be set, because beautify.backend is "gfpgan"')
     if section.backend not in BACKENDS:
-        yield Problem("beautify.backend", f"there is no backend {section.backend!r}; there is {', '.join(BACKENDS)}")
+        text = f"there is no backend {section.backend!r}; there is {', '.join(BACKENDS)}"
+        yield Problem("beautify.backend", text, is_alone=True)
     if section.backend != "photo_enhance":
         return
     service = section.photo_enhance

@@ -174,4 +174,5 @@ def plan_contradictions(plans: PlansSettings, orders: OrdersSettings) -> Iterato
         if len(prompts) > plan.images:
             yield Problem(f"orders.prompts.{name}", f"holds {len(prompts)} prompts, more than plans.{name}.images allows")
         if any(not prompt.strip() or len(prompt.encode(errors="replace")) > MAX_PROMPT_BYTES for prompt in prompts):
-            yield Problem(f"orders.prompts.{name}", f"has a prompt that is empty or longer than {MAX_PROMPT_BYTES} bytes")
+            text = f"has a prompt that is empty or longer than {MAX_PROMPT_BYTES} bytes"
+            yield Problem(f"orders.prompts.{name}", text, is_alone=True)

@@ -35,11 +35,13 @@ class Problem:
         key: dotted, as in ``engine.lease``; empty when no key is to blame.
         text: what is wrong and what to write instead; never a secret.
         place: ``file:line`` or the variable's name; empty for a default.
+        is_alone: it is wrong whatever the other settings are; else *key* and *text* name those that it depends on.
     """
 
     key: str
     text: str
     place: str = ""
+    is_alone: bool = False
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.place, self.key, self.text) if part)

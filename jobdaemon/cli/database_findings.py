@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jobdaemon.cli.findings import Finding
+from jobdaemon.cli.rows import read_rows
 from jobdaemon.cli.session import missing_rows
 from jobdaemon.errors import SchemaVersionError
 
@@ -149,6 +150,22 @@ def _rows(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[F
         yield Finding("plans", "error", f"the database has no {', no '.join(missing)}", "run `jobdaemon config apply`")
     else:
         yield Finding("plans", "ok", "every plan and queue of the settings is there")
+    yield from _differing_rows(connection, settings)
+
+
+def _differing_rows(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+    from jobdaemon import settings_rows
+    from jobdaemon.domain.rows import differing_rows
+
+    differing = list(differing_rows(settings_rows.wanted_rows(settings), read_rows(connection)))
+    for row in differing:
+        if row.named:
+            message, action = settings_rows.overruled(row)
+            yield Finding("rows", "warning", f"{row.title}: {message}", action)
+        if row.unnamed:
+            yield Finding("rows", "ok", f"{row.title}: {settings_rows.instead_of_defaults(row)}")
+    if not differing:
+        yield Finding("rows", "ok", "they say what the settings say")
 
 
 def _roles(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
@@ -178,7 +195,7 @@ def _connections(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
 
 
 def _daemons(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
-    from jobdaemon import app
+    from jobdaemon import settings_rows
 
     rows = connection.execute(_DAEMONS, [settings.engine.lease]).fetchall()
     alive = [row for row in rows if row[3]]
@@ -189,7 +206,7 @@ def _daemons(connection: psycopg.Connection[Any], settings: Settings) -> Iterato
         yield Finding("daemons", "warning", "none is running: orders wait", "start one with `jobdaemon run`")
         return
     served = {queue for _, _, queues, _ in alive for queue, team_size in queues.items() if team_size > 0}
-    if unserved := [name for name in app.queue_names(settings) if name not in served]:
+    if unserved := [name for name in settings_rows.queue_names(settings) if name not in served]:
         yield Finding("daemons", "warning", f"{len(alive)} running, none works {', '.join(unserved)}", "give it a team_size")
     else:
         yield Finding("daemons", "ok", f"{len(alive)} running, every queue is worked")

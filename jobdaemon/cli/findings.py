@@ -99,19 +99,31 @@ def _store(settings: Settings) -> Iterator[Finding]:
 
 
 def _backend(settings: Settings) -> Iterator[Finding]:
-    async def look() -> str:
-        from jobdaemon import app
+    from jobdaemon import app
 
-        backend = await app.start_backend(settings)
+    async def look() -> tuple[str, app.ChosenBackend]:
+        chosen = await app.choose_backend(settings)
+        backend = chosen.backend
         try:
             # One that works elsewhere can be asked whether it is there.
             if (check := getattr(backend, "check", None)) is not None:
                 await check()
         finally:
             await backend.close()
-        return str(backend) if backend.name == "gfpgan" else backend.name
+        return str(backend) if backend.name == "gfpgan" else backend.name, chosen
 
-    yield Finding("backend", "ok", f"{asyncio.run(look())} works")
+    name, chosen = asyncio.run(look())
+    if not chosen.why_not_gfpgan:
+        yield Finding("backend", "ok", f"{name} works")
+        return
+    told = f"{name} works; gfpgan, which is better, was not picked, because {chosen.why_not_gfpgan.removesuffix('.')}"
+    if not chosen.is_wish_unmet:
+        yield Finding("backend", "ok", told)
+        return
+    yield Finding("backend", "warning", told, 'docs/gfpgan.md says what it needs; or set beautify.backend to "opencv"')
+    # Whatever else is missing: what is set must not turn out to be damaged when that is there.
+    if (damage := app.what_is_wrong_with_weights(settings)) is not None:
+        yield Finding("backend", "warning", damage.removesuffix("."), "correct beautify.weights and beautify.weights_sha256")
 
 
 def _providers(settings: Settings) -> Iterator[Finding]:

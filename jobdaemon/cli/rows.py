@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from jobdaemon.errors import SettingsError
 
 if TYPE_CHECKING:
     import psycopg
 
+    from jobdaemon.domain.rows import DifferingRow, WantedRow
     from jobdaemon.settings import Settings
 
 #: Column -> type of what the settings say of a plan, but for its name.
-_COLUMNS = {
+_PLAN_COLUMNS = {
     "images": "integer",
     "priority": "integer",
     "stage_priority": "jsonb",
@@ -22,63 +26,111 @@ _COLUMNS = {
     "prompts": "text[]",
     "provider": "text",
 }
-_VALUES = ", ".join(f"%s::{type_}" for type_ in ("text", *_COLUMNS.values()))
-_NAMES, _OLD, _NEW = (", ".join(alias + name for name in _COLUMNS) for alias in ("", "p.", "n."))
-_INSERT_PLAN = f"""
-INSERT INTO jobdaemon.plans (name, {_NAMES}) VALUES ({_VALUES}) ON CONFLICT (name) DO NOTHING RETURNING name
-"""  # noqa: S608 - constants
-_UPDATE_PLAN = f"""
-UPDATE jobdaemon.plans AS p SET ({_NAMES}) = ({_NEW}) FROM (VALUES ({_VALUES})) AS n (name, {_NAMES})
-WHERE p.name = n.name AND ({_OLD}) IS DISTINCT FROM ({_NEW}) RETURNING p.name
-"""  # noqa: S608 - constants
+_KEY_COLUMNS = {"concurrency": "integer", "rate": "float8", "daily_budget": "integer"}
 _INSERT_QUEUE = "INSERT INTO jobdaemon.queues (name) VALUES (%s) ON CONFLICT (name) DO NOTHING RETURNING name"
-_INSERT_KEY = """
-INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency, rate, daily_budget) VALUES (%s, %s, %s, %s, %s)
-ON CONFLICT (provider, alias) DO NOTHING RETURNING provider || '/' || alias
+#: Kind of row -> table, the columns that name it, and the type of every other that settings speak of.
+_TABLES = {"plan": ("plans", ("name",), _PLAN_COLUMNS), "key": ("provider_keys", ("provider", "alias"), _KEY_COLUMNS)}
+#: As the statement of the same name in queue/sql/jobs.sql.
+_ROWS_OF_SETTINGS = """
+SELECT 'plan', name, to_jsonb(p) || jsonb_build_object('lift_after', extract(epoch FROM lift_after)::float8,
+    'expires_after', extract(epoch FROM expires_after)::float8) FROM jobdaemon.plans p
+UNION ALL SELECT 'key', provider || '/' || alias, to_jsonb(k) FROM jobdaemon.provider_keys k
+UNION ALL SELECT 'queue', name, to_jsonb(q) FROM jobdaemon.queues q
 """
-_UPDATE_KEY = """
-UPDATE jobdaemon.provider_keys AS k SET (concurrency, rate, daily_budget) = (n.concurrency, n.rate, n.daily_budget)
-FROM (VALUES (%s::text, %s::text, %s::integer, %s::float8, %s::integer)) AS n (provider, alias, concurrency, rate, daily_budget)
-WHERE k.provider = n.provider AND k.alias = n.alias
-    AND (k.concurrency, k.rate, k.daily_budget) IS DISTINCT FROM (n.concurrency, n.rate, n.daily_budget)
-RETURNING k.provider || '/' || k.alias
-"""
+#: What is about to be overwritten stays as it was read until then.
+_LOCKS = (
+    "SELECT FROM jobdaemon.plans ORDER BY name FOR NO KEY UPDATE",
+    "SELECT FROM jobdaemon.provider_keys ORDER BY provider, alias FOR NO KEY UPDATE",
+)
 
 
-def write_rows(connection: psycopg.Connection[Any], settings: Settings, *, overwrite: bool = False) -> dict[str, list[str]]:
+@dataclass(slots=True)
+class WrittenRows:
     """
-    Insert what is missing, in one transaction.
+    What ``config apply`` did.
+
+    Attributes:
+        inserted: ``plans``, ``queues`` and ``keys`` -> names; a key's is ``provider/alias``.
+        differing: rows that were not what the settings say, as they were.
+        overwritten: titles of those of them that are now, in what the settings name.
+    """
+
+    inserted: dict[str, list[str]] = field(default_factory=lambda: {"plans": [], "queues": [], "keys": []})
+    differing: list[DifferingRow] = field(default_factory=list)
+    overwritten: list[str] = field(default_factory=list)
+
+
+def read_rows(connection: psycopg.Connection[Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every row that settings speak of too: kind and name -> column -> value as JSON has it, intervals in seconds."""
+    return {(kind, name): columns for kind, name, columns in connection.execute(_ROWS_OF_SETTINGS)}
+
+
+def write_rows(connection: psycopg.Connection[Any], settings: Settings, *, overwrite: bool = False) -> WrittenRows:
+    """
+    Insert what is missing, in one transaction, and find what differs.
 
     Args:
-        overwrite: also make the rows of plans, and the limits of keys, what the settings say. Queues are never overwritten:
+        overwrite: also write what the settings name over the rows of plans, and over the limits of keys. What they do not name
+            stays: a budget that an operator set must not go because a file is silent about it. Queues are never overwritten:
             theirs are an operator's switches, and so are a key's pause and rest.
 
-    Returns:
-        Names under ``plans_inserted``, ``plans_overwritten``, ``queues_inserted``, ``keys_inserted`` and ``keys_overwritten``;
-        a key's is ``provider/alias``.
+    Raises:
+        SettingsError: what is named makes no plan together with what stays; nothing was written.
     """
-    from jobdaemon import app
+    from jobdaemon.domain.rows import differing_rows
+    from jobdaemon.settings_rows import queue_names, wanted_rows
 
-    kinds = ("plans_inserted", "plans_overwritten", "queues_inserted", "keys_inserted", "keys_overwritten")
-    written: dict[str, list[str]] = {kind: [] for kind in kinds}
-
-    def write(what: str, statement: str, values: list[Any]) -> bool:
-        row = connection.execute(statement, values).fetchone()
-        if row is not None:
-            written[what].append(row[0])
-        return row is not None
-
+    written = WrittenRows()
+    wanted = wanted_rows(settings)
     with connection.transaction():
-        for plan in app.plans(settings):
-            row: dict[str, Any] = {name: getattr(plan, name) for name in _COLUMNS}
-            row |= {"stage_priority": json.dumps(dict(plan.stage_priority)), "prompts": list(plan.prompts)}
-            values = [plan.name, *row.values()]
-            if not write("plans_inserted", _INSERT_PLAN, values) and overwrite:
-                write("plans_overwritten", _UPDATE_PLAN, values)
-        for name in app.queue_names(settings):
-            write("queues_inserted", _INSERT_QUEUE, [name])
-        for key in app.provider_keys(settings):
-            values = [key.provider, key.alias, key.concurrency, key.rate, key.daily_budget]
-            if not write("keys_inserted", _INSERT_KEY, values) and overwrite:
-                write("keys_overwritten", _UPDATE_KEY, values)
+        for row in wanted:
+            if row.kind != "queue" and _insert(connection, row):
+                written.inserted[f"{row.kind}s"].append(row.name)
+        for name in queue_names(settings):
+            if connection.execute(_INSERT_QUEUE, [name]).fetchone() is not None:
+                written.inserted["queues"].append(name)
+        for lock in _LOCKS if overwrite else ():
+            connection.execute(lock)
+        written.differing = list(differing_rows(wanted, read_rows(connection)))
+        for differing in written.differing if overwrite else ():
+            if differing.kind != "queue" and differing.named:
+                _overwrite(connection, differing)
+                written.overwritten.append(differing.title)
     return written
+
+
+def _insert(connection: psycopg.Connection[Any], row: WantedRow) -> bool:
+    table, names, types = _TABLES[row.kind]
+    values = ", ".join(["%s"] * len(names) + [f"%s::{types[column]}" for column in row.values])
+    columns = ", ".join([*names, *row.values])
+    statement = f"""
+        INSERT INTO jobdaemon.{table} ({columns}) VALUES ({values})
+        ON CONFLICT ({", ".join(names)}) DO NOTHING RETURNING 1
+    """  # noqa: S608 - constants
+    parameters = [*_names_of(row.kind, row.name), *map(_parameter, row.values.values())]
+    return connection.execute(statement, parameters).fetchone() is not None
+
+
+def _overwrite(connection: psycopg.Connection[Any], row: DifferingRow) -> None:
+    from psycopg.errors import CheckViolation
+
+    table, names, types = _TABLES[row.kind]
+    changes = ", ".join(f"{it.column} = %s::{types[it.column]}" for it in row.named)
+    which = " AND ".join(f"{name} = %s" for name in names)
+    parameters = [*(_parameter(it.in_settings) for it in row.named), *_names_of(row.kind, row.name)]
+    try:
+        connection.execute(f"UPDATE jobdaemon.{table} SET {changes} WHERE {which}", parameters)  # noqa: S608 - constants
+    except CheckViolation as error:
+        named = ", ".join(str(it.setting) for it in row.named)
+        text = f"{row.title} was not overwritten, nor was any other row: {named} would not fit what the settings do not name"
+        raise SettingsError(f"{text} (a plan has at least as many images as prompts)") from error
+
+
+def _names_of(kind: str, name: str) -> list[str]:
+    return name.split("/", 1) if kind == "key" else [name]
+
+
+def _parameter(value: object) -> object:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return list(value) if isinstance(value, tuple) else value

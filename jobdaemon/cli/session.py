@@ -75,13 +75,13 @@ def _bring_up_to_date(connection: psycopg.Connection[Any], settings: Settings, u
 
 def missing_rows(connection: psycopg.Connection[Any], settings: Settings) -> tuple[list[str], list[str]]:
     """Names of plans and of queues that the settings know and the database does not."""
-    from jobdaemon import app
+    from jobdaemon import settings_rows
 
     plans = {name for (name,) in connection.execute("SELECT name FROM jobdaemon.plans")}
     queues = {name for (name,) in connection.execute("SELECT name FROM jobdaemon.queues")}
     return (
-        [plan.name for plan in app.plans(settings) if plan.name not in plans],
-        [name for name in app.queue_names(settings) if name not in queues],
+        [plan.name for plan in settings_rows.plans(settings) if plan.name not in plans],
+        [name for name in settings_rows.queue_names(settings) if name not in queues],
     )
 
 

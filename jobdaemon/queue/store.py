@@ -256,13 +256,32 @@ class PostgresJobStore:
             lease: how long it may be silent, if not its first beat says so.
             keys: provider -> aliases of the keys that it has.
         """
-        held = None if keys is None else json.dumps({provider: list(aliases) for provider, aliases in keys.items()})
+        held = _held_keys(keys)
         lease_s = None if lease is None else lease.total_seconds()
         async with self._upkeep.use() as connection:
             daemon_id: int = await connection.fetchval(
                 _JOBS["register_daemon"], host, pid, version, json.dumps(queues), was, lease_s, held
             )
             return daemon_id
+
+    async def restore_daemon(
+        self, daemon_id: int, *, host: str, pid: int, version: str, queues: dict[str, int], keys: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Write this daemon's row again where somebody removed it, or pruned it after a long silence."""
+        async with self._upkeep.use() as connection:
+            arguments = daemon_id, host, pid, version, json.dumps(queues), _held_keys(keys)
+            await connection.execute(_JOBS["restore_daemon"], *arguments)
+
+    async def prune_daemons(self, daemon_id: int, *, silence: timedelta, limit: int) -> int:
+        """
+        Remove the rows of daemons that are long gone; how many there were.
+
+        Args:
+            daemon_id: who does it.
+            silence: since when nothing was heard of them.
+        """
+        async with self._upkeep.use() as connection:
+            return len(await connection.fetch(_JOBS["prune_daemons"], daemon_id, limit, silence.total_seconds()))
 
     async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan], keys: Iterable[ProviderKey] = ()) -> None:
         """Insert the queues, plans and provider keys that are missing; an operator's rows stay as they are."""
@@ -271,6 +290,12 @@ class PostgresJobStore:
             await connection.execute(_JOBS["ensure_plans"], json.dumps([writes.plan_row(plan) for plan in plans]))
             if rows := [asdict(key) for key in keys]:
                 await connection.execute(_JOBS["ensure_keys"], json.dumps(rows))
+
+    async def rows_of_settings(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Every row that settings speak of too: kind (plan, key, queue) and name -> column -> value as JSON has it."""
+        async with self._upkeep.use() as connection:
+            records = await connection.fetch(_JOBS["rows_of_settings"])
+        return {(record["kind"], record["name"]): json.loads(record["columns"]) for record in records}
 
     async def heartbeat(
         self,
@@ -705,6 +730,10 @@ class PostgresJobStore:
             record["submitted_at"],
             is_key_known=record["is_key_known"],
         )
+
+
+def _held_keys(keys: Mapping[str, Sequence[str]] | None) -> str | None:
+    return None if keys is None else json.dumps({provider: list(aliases) for provider, aliases in keys.items()})
 
 
 def _rest(seconds: float | None) -> timedelta | None:

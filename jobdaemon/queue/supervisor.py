@@ -153,6 +153,7 @@ class Supervisor:
             daemon_id=lambda: self.daemon_id,
             may_rescue=self._heartbeat.may_rescue,
             on_drain=self._drain,
+            restore=self._restore,
             images_per_call=images_per_call,
             fallback=fallback,
         )
@@ -271,6 +272,16 @@ class Supervisor:
         self._committer.daemon_id = daemon_id
         self._upkeep.look()
         return daemon_id
+
+    async def _restore(self) -> None:
+        await self._store.restore_daemon(
+            self.daemon_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=self._version,
+            queues=self._team_sizes,
+            keys=self._keys,
+        )
 
     async def _stop_in_order(
         self, claiming: Sequence[asyncio.Future[None]], upkeep: asyncio.Future[None], services: Sequence[asyncio.Future[None]]

@@ -1,7 +1,7 @@
 """
 Upkeep that any daemon does, in small batches that any number of daemons may do at once: let due jobs in, follow what operators
-set, look for ready jobs in case a notification was lost, rescue what dead workers left, mend orders whose jobs others had their
-hands on.
+set, look for ready jobs in case a notification was lost, rescue what dead workers left and forget who is long gone, mend orders
+whose jobs others had their hands on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -36,6 +36,10 @@ _RECONCILE_EVERY = 6
 _RECONCILE_LIMIT = 200
 #: And mends so many of them: each is locked meanwhile.
 _MEND_LIMIT = 50
+#: A daemon that was silent for so long is gone; its row goes too, so many at a time, once an hour.
+_GONE_AFTER = timedelta(days=1)
+_PRUNE_LIMIT = 100
+_PRUNE_EVERY_S = 3600.0
 #: A round waits no longer for what it wants committed: somebody may hold an order for hours.
 _COMMIT_PATIENCE_S = 5.0
 #: Batches behind an open circuit are sent on so many at a time, and so many times a round.
@@ -62,6 +66,7 @@ class Upkeep:
         daemon_id: Callable[[], int],
         may_rescue: Callable[[], bool],
         on_drain: Callable[[bool], None],
+        restore: Callable[[], Awaitable[None]],
         images_per_call: Callable[[str], int],
         fallback: FallbackRules | None = None,
     ) -> None:
@@ -70,6 +75,7 @@ class Upkeep:
             images_per_call: of a provider, by its name.
             fallback: who takes over what waits for a provider in trouble; nobody when None.
             on_drain: told at each look whether this daemon is to claim nothing more.
+            restore: writes this daemon's row again where it is gone.
             daemon_id: this daemon's, at the moment.
             may_rescue: whether it has not missed a heartbeat; the database knows the rest.
         """
@@ -82,6 +88,8 @@ class Upkeep:
         self._daemon_id = daemon_id
         self._may_rescue = may_rescue
         self._on_drain = on_drain
+        self._restore = restore
+        self._prune_at = 0.0
         self._new_team_sizes: dict[str, int] | None = None
         #: Jobs (id, token) that were ours by the last look though no attempt of ours ran them.
         self._strays: set[tuple[int, int | None]] = set()
@@ -197,6 +205,8 @@ class Upkeep:
                 await self._reconcile()
                 await self._miss_keys()
                 await self._store.abandon_calls(_RECONCILE_LIMIT)
+                await self._restore()
+                await self._prune()
 
     async def _lift(self) -> None:
         count = await self._store.lift_orders(_LIFT_LIMIT)
@@ -311,6 +321,15 @@ class Upkeep:
             if (event.provider, event.alias) not in self._missing_keys:
                 self._events.emit(event)
         self._missing_keys = {(event.provider, event.alias) for event in missing}
+
+    async def _prune(self) -> None:
+        """Forget daemons that are long gone. One that only stood still, and comes back, writes its row again."""
+        now = asyncio.get_running_loop().time()
+        if now < self._prune_at or not self._may_rescue():
+            return
+        self._prune_at = now + _PRUNE_EVERY_S
+        if await self._store.prune_daemons(self._daemon_id(), silence=_GONE_AFTER, limit=_PRUNE_LIMIT) == _PRUNE_LIMIT:
+            self._prune_at = now  # there may be more
 
     async def _rescued(self, lost: LostJob, *, ran_alone: bool) -> Transition:
         other_deaths = 0

@@ -75,20 +75,26 @@ def test_a_schema_from_the_future_is_refused_and_left_alone(cli: Cli, database: 
 
 
 def test_config_apply_respects_an_operators_rows_unless_forced(cli: Cli, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing plans and queues are inserted; an operator's plan stays until --force; queues are never overwritten."""
+    """Missing rows are inserted; an operator's stay until --force, and then in all but what the settings name; queues always."""
+    nothing = "Nothing to do: every plan and queue is there, and says what the settings say.\n"
     first = json.loads(cli(database, "config", "apply", "--json").stdout)
     assert first["plans_inserted"] == ["Free", "Start", "Pro"]
     assert first["queues_inserted"] == ["beautify", "generate.local", "upload"]
-    execute(database, "UPDATE jobdaemon.plans SET images = 5, prompts = '{mine}' WHERE name = 'Pro'")
+    assert cli(database, "config", "apply").stdout == nothing
+    execute(database, "UPDATE jobdaemon.plans SET images = 5 WHERE name = 'Free'")
     execute(database, "UPDATE jobdaemon.queues SET paused = true")
-    assert cli(database, "config", "apply").stdout == "Nothing to do: every plan and queue is there.\n"
+    stays = "plan Free is left alone: images is 5, which the settings do not name (default 2)\n"
+    assert cli(database, "config", "apply", "--force").stdout == stays
     monkeypatch.setenv("JOBDAEMON_PLANS__FREE__IMAGES", "3")
-    assert cli(database, "config", "apply", "--force").stdout == "plans overwritten: Free, Pro\n"
+    assert "plan Free: images stays 5, not 3 as plans.Free.images says" in cli(database, "config", "apply").stdout
+    forced = "plan Free: images was 5, is now 3 as plans.Free.images says\n"
+    assert cli(database, "config", "apply", "--force").stdout == forced
+    assert cli(database, "config", "apply", "--force").stdout == nothing
     monkeypatch.setenv("JOBDAEMON_PLANS__START__STAGE_PRIORITY__UPLOAD", "500")
-    assert cli(database, "config", "apply", "--force").stdout == "plans overwritten: Start\n"
-    assert cli(database, "config", "apply", "--force").stdout == "Nothing to do: every plan and queue is there.\n"
-    monkeypatch.delenv("JOBDAEMON_PLANS__START__STAGE_PRIORITY__UPLOAD")
-    assert cli(database, "config", "apply", "--force").stdout == "plans overwritten: Start\n"
+    forced = "plan Start: stage_priority was {}, is now {upload = 500} as plans.Start.stage_priority says\n"
+    assert cli(database, "config", "apply", "--force").stdout == forced
+    monkeypatch.setenv("JOBDAEMON_PLANS__START__STAGE_PRIORITY__UPLOAD", "200")
+    assert "is now {upload = 200}" in cli(database, "config", "apply", "--force").stdout
     with psycopg.connect(database) as connection:
         assert connection.execute("SELECT name, images FROM jobdaemon.plans ORDER BY images").fetchall() == [
             ("Free", 3),

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from jobdaemon import app
+from jobdaemon.cli.findings import all_findings
 from jobdaemon.settings import load_settings
 from tests.factories import Sql
 from tests.gfpgan_weights import Weights, narrow_weights
@@ -288,7 +289,7 @@ def test_check_names_model_and_device(
     ("changes", "reason"),
     [
         ({"WEIGHTS": ""}, None),
-        ({}, None),  # a CPU has to be asked for
+        ({}, "on which gfpgan has to be asked for"),
         ({"DEVICE": "cuda", "WEIGHTS": "/none.pth"}, "there is no /none.pth"),
         ({"DEVICE": "cuda:7"}, "CUDA devices here"),
     ],
@@ -306,3 +307,44 @@ async def test_auto_is_opencv_where_gfpgan_cannot_be(
     told_why = [record.getMessage() for record in caplog.records if "because" in record.getMessage()]
     assert len(told_why) == (reason is not None)
     assert all(reason is not None and reason in line for line in told_why)
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "words", "damage"),
+    [
+        ({"WEIGHTS": ""}, "ok", "because beautify.weights is not set", None),
+        ({}, "warning", 'because beautify.device is "cpu", on which gfpgan has to be asked for', None),
+        ({"WEIGHTS": "/none.pth"}, "warning", "because there is no /none.pth", None),
+        (
+            {"WEIGHTS_SHA256": "0" * 64},
+            "warning",
+            'because beautify.device is "cpu"',
+            "is not the file that weights_sha256 names",
+        ),
+        (
+            {"WEIGHTS_SHA256": "", "DEVICE": "cuda:7"},
+            "warning",
+            "because gfpgan cannot work here: beautify.device: is",
+            "is none of the released GFPGAN files",
+        ),
+    ],
+    ids=["no-weights", "cpu", "no-file", "damaged-on-a-cpu", "damaged-without-a-device"],
+)
+def test_check_says_why_auto_did_not_choose_gfpgan(
+    environ: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str],
+    state: str,
+    words: str,
+    damage: str | None,
+) -> None:
+    """Which backend was chosen, why not the better one, and what is wrong with the weights whatever else is missing."""
+    asked = environ | {"JOBDAEMON_BEAUTIFY__BACKEND": "auto"} | {f"JOBDAEMON_BEAUTIFY__{key}": it for key, it in changes.items()}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    found = [finding for finding in all_findings(None) if finding.check == "backend"]
+    assert found[0].state == state
+    assert found[0].message.startswith("opencv works; gfpgan, which is better, was not picked, because ")
+    assert words in found[0].message
+    assert [damage is not None and damage in finding.message for finding in found[1:]] == [True] * (damage is not None)
+    assert {finding.state for finding in found[1:]} <= {"warning"}

@@ -300,3 +300,66 @@ async def test_handed_back_twice_is_harmless(store: PostgresJobStore, claimed_jo
     await store.commit([back], daemon_id=None)
     [row] = claimed_job_factory.orders.jobs(job.order_id or 0)
     assert (row["status"], row["token"]) == ("doing", again.token)
+
+
+async def test_rows_of_daemons_that_are_long_gone_are_pruned(
+    store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql
+) -> None:
+    """After a day of silence, stopped or dead; who runs a job, whom a failed attempt names, and who prunes, stays."""
+
+    async def daemon(silent: str, status: str = "running") -> int:
+        daemon_id = await store.register(host="box", pid=1, version="0", queues={})
+        sql.execute(
+            "UPDATE jobdaemon.daemons SET started_at = now() - interval '9 days', status = %s,"
+            " stopped_at = CASE WHEN %s = 'stopped' THEN now() - %s::interval END WHERE id = %s",
+            [status, status, silent, daemon_id],
+        )
+        beat = "'-infinity'" if status == "stopped" else "now() - %s::interval"
+        parameters = [daemon_id] if status == "stopped" else [silent, daemon_id]
+        sql.execute(f"UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = {beat} WHERE id = %s".encode(), parameters)
+        return daemon_id
+
+    async def pruned(limit: int = 100) -> int:
+        return await store.prune_daemons(observer, silence=timedelta(days=1), limit=limit)
+
+    dead, stopped = await daemon("25 hours"), await daemon("25 hours", "stopped")
+    removed = await daemon("25 hours")
+    sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [removed])
+    lately = [await daemon("23 hours"), await daemon("23 hours", "stopped")]
+    busy, named = await daemon("25 hours"), await daemon("25 hours")
+    observer = await daemon("25 hours")
+    job = await claimed_job_factory.beautify(plan="Free")
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET worker_id = %s WHERE id = %s", [busy, job.id])
+    sql.execute(
+        "INSERT INTO jobdaemon.attempts (job_id, queue, attempt, outcome, daemon_id) VALUES (%s, 'upload', 1, 'retry', %s)",
+        [job.id, named],
+    )
+    kept = {*lately, busy, named, observer, claimed_job_factory.daemon_id}
+    assert await pruned(limit=1) == 1
+    assert await pruned() == 2
+    rows = sql.execute("SELECT id FROM jobdaemon.daemons").fetchall()
+    assert {row["id"] for row in rows} == kept
+    assert not kept & {dead, stopped, removed}
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded' WHERE id = %s", [job.id])
+    assert await pruned() == 1
+
+
+async def test_a_running_daemon_prunes_the_others_and_writes_its_own_row_again(engine_database: str, sql: Sql) -> None:
+    """One that stood still for days and lost its row comes back under its own id, with what it serves."""
+    sql.execute("INSERT INTO jobdaemon.procrastinate_workers (last_heartbeat) VALUES (now() - interval '2 days')")
+    sql.execute(
+        "INSERT INTO jobdaemon.daemons (id, host, pid, version, queues, started_at)"
+        " SELECT id, 'gone', 1, '0', '{}', now() - interval '3 days' FROM jobdaemon.procrastinate_workers"
+    )
+
+    def hosts_of(condition: str) -> int:
+        return len(sql.execute(f"SELECT FROM jobdaemon.daemons WHERE {condition}".encode()).fetchall())
+
+    async with running_daemon(engine_database, Stages(), engine=replace(QUICK, poll=timedelta(seconds=0.1))) as daemon:
+        daemon_id = daemon.supervisor.daemon_id
+        await until(lambda: hosts_of("host = 'gone'") == 0, timeout_s=20)
+        before = sql.execute("SELECT host, pid, version, queues, keys, status FROM jobdaemon.daemons").fetchall()
+        sql.execute("DELETE FROM jobdaemon.daemons")
+        await until(lambda: hosts_of(f"id = {daemon_id}") == 1, timeout_s=20)
+        assert sql.execute("SELECT host, pid, version, queues, keys, status FROM jobdaemon.daemons").fetchall() == before
+        assert daemon.supervisor.daemon_id == daemon_id

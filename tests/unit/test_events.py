@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobdaemon import events as module
-from jobdaemon.events import DaemonReady, DatabaseBack, DatabaseLost, Event, Events, JobStarted, OrderSettled
+from jobdaemon.events import DaemonReady, DatabaseBack, DatabaseLost, Event, Events, JobStarted, OrderSettled, SettingsReloaded
+from jobdaemon.logs import LINES, line_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "configure.md"
 
@@ -122,11 +123,24 @@ def test_events_are_frozen() -> None:
         event.error = "other"  # type: ignore[attr-defined]
 
 
+def words_of(kind: type[Event]) -> frozenset[str]:
+    """What a log line can say under ``event``."""
+    words = {LINES[kind][1]}
+    return frozenset(words | {line_of(SettingsReloaded(error="x"))[0]} if kind is SettingsReloaded else words)
+
+
 def test_docs_list_every_event() -> None:
-    """The table of events in the docs has exactly the events of the module, each with its fields."""
+    """The table of events names each by the words that a log line carries, with usual level and fields, and nothing else."""
     table = DOCS.read_text(encoding="utf-8").partition("<!-- events -->")[2].partition("<!-- /events -->")[0]
     listed = {
-        name: set(re.findall(r"`(\w+)`", rest))
-        for name, rest in re.findall(r"^\| `(\w+)` \| \w+ \| ([^|]*) \|", table, re.MULTILINE)
+        frozenset(re.findall(r"`([^`]+)`", names)): (level, set(re.findall(r"`(\w+)`", values)))
+        for names, level, values in re.findall(r"^\| (`[^|]+) \| (\w+) \| ([^|]*) \|", table, re.MULTILINE)
     }
-    assert listed == {kind.__name__: {field.name for field in fields(kind)} for kind in kinds()}
+    assert listed == {words_of(kind): (LINES[kind][0], {field.name for field in fields(kind)}) for kind in kinds()}
+
+
+def test_docs_name_no_event_as_the_code_does() -> None:
+    """Whoever reads the docs searches logs, in which the names of our classes do not occur."""
+    pages = [*DOCS.parent.glob("*.md"), DOCS.parents[1] / "README.md"]
+    named = [f"{page.name}: {name}" for page in pages for name in re.findall(r"`([A-Z]\w+)`", page.read_text(encoding="utf-8"))]
+    assert not {line.rpartition(" ")[2] for line in named} & {kind.__name__ for kind in kinds()}, named

@@ -28,7 +28,7 @@ from jobdaemon.events import (
     OrderSettled,
     SettingsReloaded,
 )
-from jobdaemon.logs import _LINES, configure_logs, level_of, log_events
+from jobdaemon.logs import LINES, configure_logs, level_of, log_events
 from jobdaemon.redact import MASK, mask_url, redact
 
 Lines = Callable[[], list[dict[str, Any]]]
@@ -83,7 +83,7 @@ def test_every_event_has_its_words() -> None:
     kinds = {
         value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Event) and value is not Event
     }
-    assert set(_LINES) == kinds
+    assert set(LINES) == kinds
 
 
 @pytest.mark.parametrize(

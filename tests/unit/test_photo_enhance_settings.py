@@ -24,6 +24,8 @@ def settings(**environ: str) -> Settings:
         ({URL: "10.0.0.7:8000"}, r"beautify\.photo_enhance\.url: must be a web address"),
         ({URL: "ftp://10.0.0.7"}, r"beautify\.photo_enhance\.url: must be a web address"),
         ({URL: "http://user:secret@10.0.0.7"}, r"beautify\.photo_enhance\.url: must be a web address"),
+        ({URL: "http://10.0.0.7/api/v1/enhance"}, r"beautify\.photo_enhance\.url: must be the address of the service alone"),
+        ({URL: "http://10.0.0.7/api/v1/api/v1"}, r"beautify\.photo_enhance\.url: must be the address of the service alone"),
         ({URL: "http://10.0.0.7", TIMEOUT: "5min"}, r"shorter than queues\.beautify\.run_timeout, that is 5min"),
     ],
 )
@@ -32,6 +34,12 @@ def test_a_service_that_cannot_be_used_stops_the_start(environ: dict[str, str], 
     with pytest.raises(SettingsError, match=words) as told:
         settings(**environ)
     assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.7/photos/api/v1", "http://10.0.0.7/photos/api/v1/", "http://10.0.0.7/photos"])
+def test_the_version_may_be_given_and_is_not_doubled(url: str) -> None:
+    """An address copied from the service's documentation means the same as one without the version."""
+    assert settings(**{URL: url}).beautify.photo_enhance.url == "http://10.0.0.7/photos"
 
 
 def test_the_service_may_be_missing_where_it_is_not_used() -> None:

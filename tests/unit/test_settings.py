@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobdaemon import settings as module
-from jobdaemon.app import plans
 from jobdaemon.errors import SettingsError
 from jobdaemon.settings import Settings, load_settings, setting_keys
+from jobdaemon.settings_rows import plans
 from jobdaemon.settings_values import cores
 from jobdaemon.units import MAX_DURATION, MAX_SIZE_BYTES, format_duration, format_size, parse_duration, parse_size
 
@@ -474,6 +474,40 @@ class TestTree:
             line.startswith(says) for line in found
         ), found
         assert "u:secret" not in "".join(found)
+
+    def test_all_problems_are_told_at_once(self, write: Write) -> None:
+        """What settings mean together is looked at though another value is wrong, and each problem keeps its place."""
+        path = write(
+            "[log]\nlevel = 'loud'\n[beautify]\nbackend = 'foo'\nstrength = 7\n[orders]\nprovider = 'nobody'\n"
+            "[engine]\nlease = '6s'\n[plans.Pro]\nimages = 0\nlift_after = '25h'\n[queues.upload]\nbackoff = '6s'\n"
+        )
+        assert [line.removeprefix(f"{path}:").split(": ")[:2] for line in problems(path)] == [
+            ["11", "plans.Pro.images"],
+            ["5", "beautify.strength"],
+            ["2", "log.level"],
+            ["9", "engine.lease"],
+            ["14", "queues.upload.backoff"],
+            ["7", "orders.provider"],
+            ["4", "beautify.backend"],
+            ["12", "plans.Pro.lift_after"],
+        ]
+
+    @pytest.mark.parametrize(
+        ("text", "count"),
+        [
+            ("[engine]\nlease = '6s'\nheartbeat = 'often'", 1),
+            ("[queues.upload]\nbackoff = '6s'\nbackoff_cap = 'long'", 1),
+            ("[queues.generate]\nbackoff_cap = 'short'\n[queues.generate.local]\nbackoff = '20s'", 1),
+            ("[store]\nkind = 'r2'\n[store.r2]\nbucket = 5\nendpoint_url = 'https://o.example'", 3),
+            ("[orders]\nprovider = 'openai_images'\n[[generate.openai_images.keys]]\nalias = 'a'\nkey = 'k'\nrate = 'fast'", 1),
+            ("[orders]\nfallback = {local = ['comfyui']}\n[generate.comfyui]\nservers = 5\nworkflow = 'w.json'", 1),
+            ("[plans.Pro]\nlift_after = '25h'\nexpires_after = 'never'", 1),
+            ("[plans]\nPro = 5", 1),
+        ],
+    )
+    def test_nothing_is_told_that_only_follows(self, write: Write, text: str, count: int) -> None:
+        """A value that cannot be read gives no second problem with what depends on it."""
+        assert len(found := problems(write(text))) == count, found
 
     def test_warnings(self, write: Write) -> None:
         """What is allowed but hardly meant is a warning, not an error."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from jobdaemon import app
+from jobdaemon import app, settings_rows
 from jobdaemon import settings as module
 from jobdaemon.cli.config import _flat, _toml
 from jobdaemon.domain.keys import ProviderKey
@@ -77,7 +77,7 @@ def test_no_keys_by_default(write: Write) -> None:
     """A provider without keys has none, and gives neither rows nor rules."""
     settings = load_settings(write("[generate.painter]\nkeys = []\n"), {})
     assert settings.provider_keys() == {}
-    assert app.provider_keys(settings) == []
+    assert settings_rows.provider_keys(settings) == []
 
 
 def test_keys_of_a_file(write: Write, tmp_path: Path) -> None:
@@ -89,7 +89,10 @@ def test_keys_of_a_file(write: Write, tmp_path: Path) -> None:
     )
     settings = load_settings(path, {})
     assert secrets(settings) == [("one", "hunter2-one"), ("two", "hunter2-two")]
-    assert app.provider_keys(settings) == [ProviderKey("painter", "one", 3, 0.5), ProviderKey("painter", "two", daily_budget=700)]
+    assert settings_rows.provider_keys(settings) == [
+        ProviderKey("painter", "one", 3, 0.5),
+        ProviderKey("painter", "two", daily_budget=700),
+    ]
     assert settings.origin("generate.painter.keys.0.rate") == f"{path}:5"
     assert settings.origin("generate.painter.keys.1.alias") == f"{path}:8"
     assert settings.origin("generate.painter.keys.1.key") == f"{tmp_path / 'two'} (named by {path}:9)"
@@ -125,6 +128,25 @@ def test_a_file_everybody_can_read_warns(write: Write, tmp_path: Path) -> None:
     assert len(warnings) == 2
     assert f"generate.painter.keys.0.key: {path} holds a secret" in warnings[0]
     assert f"generate.painter.keys.1.key: {secret} holds a secret" in warnings[1]
+
+
+def test_keys_in_one_line_warn_with_their_place(write: Write, tmp_path: Path) -> None:
+    """An array written as a value has its own line, and each of its keys the same; given by a variable, that variable's name."""
+    one = '{alias = "one", key = "hunter2-one", daily_budget = 4}'
+    path = write(f'[generate.painter]\nkeys = [{one},\n {{alias = "two", key_file = "two"}}]\n')
+    (tmp_path / "two").write_text("hunter2-two")
+    (tmp_path / "two").chmod(0o644)
+    path.chmod(0o644)
+    settings = load_settings(path, {})
+    assert [line.partition(" holds")[0].partition(" is smaller")[0] for line in settings.warnings()] == [
+        f"{path}:2: generate.painter.keys.0.key: {path}",
+        f"{tmp_path / 'two'} (named by {path}:2): generate.painter.keys.1.key: {tmp_path / 'two'}",
+        f"{path}:2: generate.painter.keys.0.daily_budget:",
+    ]
+    assert settings.origin("generate.painter.keys") == f"{path}:2"
+    assert load_settings(write(ONE), {}).origin("generate.painter.keys") == f"{path}:1"
+    [warning] = load_settings(None, {VARIABLE: '[{"alias": "a", "key": "hunter2", "daily_budget": 4}]'}).warnings()
+    assert warning.startswith(f"{VARIABLE}: generate.painter.keys.0.daily_budget: is smaller")
 
 
 def test_a_budget_below_one_call_warns(write: Write) -> None:

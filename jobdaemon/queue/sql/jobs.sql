@@ -33,6 +33,25 @@ WITH worker AS (
 )
 UPDATE jobdaemon.daemons SET status = $2, stopped_at = CASE WHEN $2 = 'stopped' THEN clock_timestamp() END WHERE id = $1;
 
+-- name: restore_daemon
+-- The row of daemon $1, which beats, where it is gone: it was silent for so long that it was pruned, or somebody removed it.
+INSERT INTO jobdaemon.daemons (id, host, pid, version, queues, keys)
+SELECT w.id, $2, $3, $4, $5::jsonb, $6::jsonb FROM jobdaemon.procrastinate_workers w WHERE w.id = $1
+ON CONFLICT (id) DO NOTHING;
+
+-- name: prune_daemons
+-- Removes rows ($2 at most) of daemons that have not been heard of for $3 seconds, by daemon $1: those that run no job, and that no
+-- failed attempt names, whose machine somebody may want to know. Their workers' rows stay, since finished jobs point at them.
+WITH gone AS (
+    SELECT d.id FROM jobdaemon.daemons d LEFT JOIN jobdaemon.procrastinate_workers w ON w.id = d.id
+    WHERE d.id <> $1
+        AND greatest(d.started_at, d.stopped_at, w.last_heartbeat) < clock_timestamp() - $3::float8 * interval '1 second'
+        AND NOT EXISTS (SELECT FROM jobdaemon.procrastinate_jobs j WHERE j.worker_id = d.id AND j.status = 'doing')
+        AND NOT EXISTS (SELECT FROM jobdaemon.attempts a WHERE a.daemon_id = d.id)
+    ORDER BY d.id LIMIT $2 FOR UPDATE OF d SKIP LOCKED
+)
+DELETE FROM jobdaemon.daemons d USING gone WHERE d.id = gone.id RETURNING d.id;
+
 -- name: ensure_queues
 -- Rows for the queues we serve; an operator's rows stay as they are.
 INSERT INTO jobdaemon.queues (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING;
@@ -53,6 +72,13 @@ SELECT p.name, p.images, p.priority, p.stage_priority, p.lift_after_s * interval
 FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority integer, stage_priority jsonb, lift_after_s float8,
     expires_after_s float8, max_open_orders integer, max_open_orders_per_customer integer, prompts text[], provider text)
 ON CONFLICT (name) DO NOTHING;
+
+-- name: rows_of_settings
+-- Every row that settings speak of too, by kind and name; intervals in seconds. The CLI reads the same in cli/rows.py.
+SELECT 'plan' AS kind, name, to_jsonb(p) || jsonb_build_object('lift_after', extract(epoch FROM lift_after)::float8,
+    'expires_after', extract(epoch FROM expires_after)::float8) AS columns FROM jobdaemon.plans p
+UNION ALL SELECT 'key', provider || '/' || alias, to_jsonb(k) FROM jobdaemon.provider_keys k
+UNION ALL SELECT 'queue', name, to_jsonb(q) FROM jobdaemon.queues q;
 
 -- name: claim
 -- Up to $3 ready jobs of one queue, under one token; with keys $4, a last row without a job may say when they open. How the circuit
