@@ -256,6 +256,7 @@ def test_a_login_with_only_a_role_of_ours_can_work(cli: Cli, database: str) -> N
             execute(database, f"DROP ROLE {name}_{role}")
 
 
+@pytest.mark.usefixtures("cold_data_dir")
 def test_a_fresh_machine_needs_nothing(jobdaemon: Command) -> None:
     """Without settings a reading verb starts the embedded server, finds no order, and stops the server again."""
     result = jobdaemon("orders", "--json")
