@@ -587,6 +587,7 @@ def _cache_keeper(settings: Settings, store: PostgresJobStore, artifacts: Artifa
         max_bytes=settings.cache.max_bytes,
         max_image_bytes=settings.photos.result_max_bytes,
         poll=settings.engine.poll,
+        spool=spools(settings),
     )
 
 

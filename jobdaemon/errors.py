@@ -12,6 +12,8 @@ Every error this package raises on purpose.
       RetryableError              may work later; carries retry_after when the other side gave one
         ProviderUnavailableError
           AnswerLostError         it may have done what was asked: nobody knows
+          UnreachableError        no connection: it never heard of the request
+          BackendAwayError        what beautifies is away, and has not seen the photo: costs no attempt
         PutOffError               not now, and nobody's fault: costs no attempt
         RateLimitedError          a capacity signal: costs no attempt
         KeyRefusedError           the key rests and the job goes on with another: costs no attempt
@@ -98,6 +100,18 @@ class ProviderUnavailableError(RetryableError):
 
 class AnswerLostError(ProviderUnavailableError):
     """A request was sent and no whole answer came: the provider may have done, and charged for, what was asked."""
+
+
+class UnreachableError(ProviderUnavailableError):
+    """No connection could be made: not a byte of the request was sent."""
+
+
+class BackendAwayError(ProviderUnavailableError):
+    """
+    What beautifies elsewhere is away, and found to be so before it was given the photo. Retried without spending an attempt.
+
+    An outage of the queue all the same: its circuit opens.
+    """
 
 
 class PutOffError(RetryableError):

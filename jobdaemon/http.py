@@ -35,6 +35,7 @@ from jobdaemon.errors import (
     ProviderUnavailableError,
     RateLimitedError,
     SettingsError,
+    UnreachableError,
     UnsupportedImageError,
 )
 
@@ -232,7 +233,8 @@ class GuardedClient:
 
         Raises:
             InvalidOrderError: the address is refused. Permanent.
-            ProviderUnavailableError: the request did not reach the service. Retryable.
+            UnreachableError: no connection could be made. Retryable.
+            ProviderUnavailableError: the request did not reach the service as a whole. Retryable.
             AnswerLostError: it may have: no whole answer came, or one larger than *max_bytes*. Retryable.
         """
         shown = shown_url(url)
@@ -261,7 +263,8 @@ class GuardedClient:
         except (TimeoutError, httpx.HTTPError) as exc:
             within = f"within {timeout.total_seconds():g} s" if isinstance(exc, TimeoutError) else f"({type(exc).__name__})"
             if not sent.is_whole:
-                raise ProviderUnavailableError(f"{shown} could not be reached {within}.") from exc
+                kind = ProviderUnavailableError if sent.is_begun else UnreachableError
+                raise kind(f"{shown} could not be reached {within}.") from exc
             raise AnswerLostError(f"{shown} gave no whole answer {within}.") from exc
         return Answer(response.status_code, response.headers, blocks.joined(), shown)
 
@@ -572,13 +575,15 @@ class _Transport(httpx.AsyncBaseTransport):
 
 
 class _SentBody(httpx.AsyncByteStream):
-    """A request's body that tells whether all of it was handed over: half a request is one that nobody carries out."""
+    """A request's body that tells how much of it was handed over: half a request is one that nobody carries out."""
 
     def __init__(self, inner: httpx.AsyncByteStream) -> None:
         self._inner = inner
+        self.is_begun = False
         self.is_whole = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.is_begun = True
         async for part in self._inner:
             yield part
         self.is_whole = True

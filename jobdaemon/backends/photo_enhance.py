@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from jobdaemon.backends.faces import Face, FaceDetector, Floats, Pixels
 from jobdaemon.backends.photo_enhance_service import MAX_UPLOAD_BYTES, NAME, EnhanceService, TaskGoneError, TaskState
 from jobdaemon.errors import (
+    BackendAwayError,
     DeviceMemoryError,
     ProviderRefusedError,
     ProviderUnavailableError,
@@ -140,6 +141,7 @@ class PhotoEnhanceBackend:
             UnsupportedImageError: not an image we accept. Permanent.
             ProviderRefusedError: the service will not take the photo. Permanent.
             DeviceMemoryError: no memory here or there. Retryable.
+            BackendAwayError: the service is away, and has not seen the photo. Retryable.
             RateLimitedError, ProviderUnavailableError: of the service. Retryable.
         """
         if not 0.0 <= strength <= 1.0:
@@ -176,8 +178,13 @@ class PhotoEnhanceBackend:
     async def _enhanced(self, sent: _Sent, finish: Callable[[bytes], BeautifiedPhoto]) -> BeautifiedPhoto:
         """Upload, wait, fetch; once more when the service has forgotten the task in between."""
         deadline = asyncio.get_running_loop().time() + self._timeout.total_seconds()
-        for _ in range(2):
-            task_id = await self._service.submit(sent.jpeg, within=self._left(deadline))
+        for is_again in (False, True):
+            try:
+                task_id = await self._service.submit(sent.jpeg, within=self._left(deadline))
+            except BackendAwayError as error:
+                if is_again:  # it has seen the photo, and who knows what that did to it
+                    raise ProviderUnavailableError(str(error), retry_after=error.retry_after) from error
+                raise
             with suppress(TaskGoneError):
                 try:
                     await self._wait(task_id, deadline)

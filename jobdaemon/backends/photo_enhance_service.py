@@ -5,6 +5,10 @@ The service (PhotoEnhanceAI and what speaks like it) has two dialects, that of i
 understood. It computes inside its event loop: while it works on a photo, anybody's, it answers nothing at all. So silence is no
 failure here, and only an answer, or a connection that ends at once, says anything.
 
+What is away is told apart from what dies of a photo. Where no connection can be made, or a gateway has nobody behind it, the
+photo is innocent. Where the photo was sent and the connection broke, it may not be; but whether the service is back is asked
+before it, or any other, is sent again.
+
 Source: api/main.py and docs/API_REFERENCE.md of github.com/Rsers/PhotoEnhanceAI, read 2025-10.
 """
 
@@ -18,6 +22,7 @@ from typing import Any
 
 from jobdaemon.errors import (
     AnswerLostError,
+    BackendAwayError,
     DeviceMemoryError,
     JobdaemonError,
     PermanentError,
@@ -25,6 +30,7 @@ from jobdaemon.errors import (
     ProviderUnavailableError,
     RateLimitedError,
     RetryableError,
+    UnreachableError,
 )
 from jobdaemon.http import Answer, GuardedClient, shown_url
 
@@ -40,6 +46,8 @@ _SILENCE_S = 5.0
 _QUOTED_CHARACTERS = 200
 #: A gateway that gave up waiting: the same silence, told by somebody else.
 _GAVE_UP_WAITING = (408, 504, 524)
+#: The longest a service in doubt is asked whether it is there; silent for so long, it is.
+_DOUBT = timedelta(seconds=10)
 #: Answers to an upload that this photo will get again.
 _REFUSALS = (400, 413, 415, 422)
 
@@ -77,6 +85,8 @@ class EnhanceService:
         self.url = url
         self._client = client
         self._max_result_bytes = max_result_bytes
+        #: What was last heard of it was trouble.
+        self._is_in_doubt = False
 
     async def close(self) -> None:
         """Free the connections."""
@@ -101,11 +111,17 @@ class EnhanceService:
         Raises:
             ProviderRefusedError: it will not take this photo. Permanent.
             RateLimitedError: it is at capacity. Retryable.
+            BackendAwayError: it is away, and has not seen the photo. Retryable.
             ProviderUnavailableError: no answer, or none that makes sense. Retryable.
         """
+        if self._is_in_doubt:
+            await self._require_there(min(_DOUBT, within))
         # Extension and type both count, and the name becomes part of a path over there.
         files = [("file", ("photo.jpg", photo, "image/jpeg"))]
-        answer = await self._call("POST", "/api/v1/enhance", within, files=files)
+        try:
+            answer = await self._call("POST", "/api/v1/enhance", within, files=files)
+        except UnreachableError as error:
+            raise BackendAwayError(str(error)) from error
         if not 200 <= answer.status < 300:
             raise _upload_error(answer)
         task_id = _object(answer).get("task_id")
@@ -154,6 +170,21 @@ class EnhanceService:
         """
         await self._call("DELETE", f"/api/v1/tasks/{task_id}", within)
 
+    async def _require_there(self, within: timedelta) -> None:
+        """
+        Raises:
+            RateLimitedError: it, or what is before it, is at capacity.
+            BackendAwayError: it is not there, or a gateway says so.
+        """
+        try:
+            answer = await self._answer_unless_at_work("GET", "/health", within)
+        except ProviderUnavailableError as error:
+            raise BackendAwayError(str(error)) from error
+        # One that has no such address answers, too.
+        if answer is not None and answer.status >= 500:
+            told = _status_error(answer)
+            raise told if isinstance(told, RateLimitedError) else BackendAwayError(str(told))
+
     async def _answer_unless_at_work(self, method: str, path: str, within: timedelta) -> Answer | None:
         """The answer; None when there was silence, or a gateway tells of it."""
         loop = asyncio.get_running_loop()
@@ -172,18 +203,25 @@ class EnhanceService:
         # No redirect is followed: a service that sends us elsewhere is not what the settings name.
         url = f"{self.url}{path}"
         try:
-            return await self._client.call(method, url, files=files, max_bytes=max_bytes, timeout=within)
-        except AnswerLostError as error:
-            # Nothing was bought: that it may have done what was asked costs nobody anything.
-            raise ProviderUnavailableError(str(error), retry_after=error.retry_after) from error
+            answer = await self._client.call(method, url, files=files, max_bytes=max_bytes, timeout=within)
+        except ProviderUnavailableError as error:
+            self._is_in_doubt = True
+            if isinstance(error, AnswerLostError):
+                # Nothing was bought: that it may have done what was asked costs nobody anything.
+                raise ProviderUnavailableError(str(error), retry_after=error.retry_after) from error
+            raise
         except PermanentError as error:
             # What the guard refuses is the operator's address, and none of the order's business.
             raise ProviderUnavailableError(f"{shown_url(url)} may not be called: {error}") from error
+        self._is_in_doubt = answer.status >= 500
+        return answer
 
 
 def _upload_error(answer: Answer) -> JobdaemonError:
     if answer.status not in _REFUSALS:
-        return _status_error(answer)
+        error = _status_error(answer)
+        is_away = answer.status == 503 and isinstance(error, ProviderUnavailableError)
+        return BackendAwayError(str(error)) if is_away else error
     hint = " Lower beautify.photo_enhance.max_pixels, or raise the limit of the proxy before it." if answer.status == 413 else ""
     return ProviderRefusedError(f"{answer.shown} refused the photo ({answer.status}{_detail(answer)}).{hint}")
 

@@ -88,7 +88,13 @@ def _wait(settings: Settings, connection: psycopg.Connection[Any], enqueued: Enq
     from jobdaemon.cli.following import follow
     from jobdaemon.cli.orders import print_order, require_completed
 
-    follow(connection, enqueued.order_id, poll=settings.engine.poll, is_silent=as_json)
+    try:
+        follow(connection, enqueued.order_id, poll=settings.engine.poll, is_silent=as_json)
+    except BaseException:
+        # Ctrl-C, or the database is gone: a script that waited needs the order to ask again.
+        if as_json:
+            print_json({"order_id": enqueued.order_id, "created": enqueued.created})
+        raise
     document = reading.order_document(connection, enqueued.order_id)
     error = None if as_json else reading.order_error(connection, enqueued.order_id)
     print_order(document | {"created": enqueued.created} if as_json else document, error, as_json=as_json)

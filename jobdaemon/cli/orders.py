@@ -99,18 +99,22 @@ def require_completed(document: Row) -> None:
 
 
 def cancel(
-    order_ids: Annotated[list[int], typer.Argument(metavar="ID...", min=1, max=MAX_ID, help="Orders.", show_default=False)],
+    any_ids: Annotated[list[int], typer.Argument(metavar="ID...", min=1, max=MAX_ID, help="Orders.", show_default=False)],
     remove_images: Annotated[bool, typer.Option("--remove-images", help="Also delete the images it has stored.")] = False,
+    are_jobs: Annotated[bool, typer.Option("--job", help="IDs are prewarms' jobs.")] = False,
     config: ConfigFile = None,
 ) -> None:
     """Cancel orders: what waits is dropped, what runs ends unrecorded. An order that has ended stays as it is."""
     import psycopg
 
+    if are_jobs and remove_images:
+        raise typer.BadParameter("--remove-images is for orders, not for --job")
+    statement = f"SELECT jobdaemon.{'cancel_prewarm(%s)' if are_jobs else 'cancel_order(%s, %s)'}"
     code = ExitCode.DONE
     with open_database(load(config)) as connection:
-        for order_id in order_ids:
+        for any_id in any_ids:
             try:
-                row = connection.execute("SELECT jobdaemon.cancel_order(%s, %s)", [order_id, remove_images]).fetchone()
+                row = connection.execute(statement, [any_id] if are_jobs else [any_id, remove_images]).fetchone()
             except psycopg.Error as error:
                 if not str(getattr(translate(error), "sqlstate", "")).startswith("JD"):
                     raise
@@ -118,9 +122,18 @@ def cancel(
                 print(told, file=sys.stderr)
                 continue
             assert row is not None
-            told = "is cancelled" if row[0] == "cancelled" else f"had ended before: it is {row[0]}, and so it stays"
-            print(f"Order {order_id} {told}.")
+            print(f"{'Prewarm' if are_jobs else 'Order'} {any_id} {_cancelled(row[0])}.")
     raise typer.Exit(code)
+
+
+def _cancelled(status: str) -> str:
+    """What became of it, from what the database's function returned."""
+    match status:
+        case "cancelled" | "aborted":
+            return "is cancelled"
+        case "doing":
+            return "is being stopped"
+    return f"had ended before: it is {status}, and so it stays"
 
 
 def redrive(

@@ -35,7 +35,15 @@ def prewarm(
         if not wait:
             _tell(job_id, created, as_json=as_json)
             return
-        status, error = _awaited(connection, job_id)
+        try:
+            status, error = _awaited(connection, job_id)
+        except BaseException:
+            # Ctrl-C, or the database is gone: whoever waited needs the job, to ask again or to cancel it.
+            if as_json:
+                _tell(job_id, created, as_json=True)
+            else:
+                print(f"Job {job_id} goes on without you.")
+            raise
     if as_json:
         print_json({"job_id": job_id, "created": created, "status": status, "error": error})
     elif status == "succeeded":
@@ -49,6 +57,8 @@ def prewarm(
 def _source(desk: Desk, argument: str) -> str:
     from jobdaemon.errors import InvalidOrderError
 
+    if not argument:
+        raise InvalidOrderError("Bad source: it must be the path of a photo, or https://…")
     wish = source_or_photo(argument)
     if "photo" in wish:
         return desk.stored(wish["photo"])

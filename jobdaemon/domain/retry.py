@@ -11,6 +11,7 @@ from jobdaemon.domain.job import SUSPECT_AFTER, Job, Task, provider_of
 from jobdaemon.domain.outcome import End, Signal, Transition
 from jobdaemon.domain.write import Write
 from jobdaemon.errors import (
+    BackendAwayError,
     DatabaseUnavailableError,
     JobdaemonError,
     KeyMissingError,
@@ -113,6 +114,10 @@ def after_error(
     if isinstance(error, DatabaseUnavailableError):
         # No fault of the job, and an outage may outlast all its attempts.
         return Transition(job, End.SNOOZE, delay=_DEFAULT_SNOOZE, error_kind=kind, error=reason)
+    if isinstance(error, BackendAwayError):
+        # Any photo would have met it. As after a first attempt; the queue's circuit makes the rests longer.
+        delay = max(backoff_after(1, policy, jitter), error.retry_after or timedelta(0))
+        return Transition(job, End.SNOOZE, delay=delay, error_kind=kind, error=reason, signal=Signal.OUTAGE)
     outage = Signal.OUTAGE if isinstance(error, ProviderUnavailableError | StoreUnavailableError) else None
     delay = backoff_after(job.attempt, policy, jitter)
     if isinstance(error, PermanentError) or job.attempt >= policy.attempts:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +13,7 @@ from jobdaemon.errors import ArtifactMissingError, DatabaseUnavailableError, Job
 from jobdaemon.events import Events, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, CachedImage, Taken
 from jobdaemon.queue import sql
+from jobdaemon.spool import Spool
 
 _CACHE = sql.load("cache.sql")
 _COPY_LIMIT = 8
@@ -143,9 +143,11 @@ class CacheKeeper:
         max_bytes: int,
         max_image_bytes: int,
         poll: timedelta,
+        spool: Callable[[], Spool] = Spool,
     ) -> None:
         """
         Args:
+            spool: makes an empty one, for an image on its way.
             is_on: whether any provider's images are cached; when not, what is left from before goes by its age, and one look says
                 that nothing is.
         """
@@ -157,6 +159,7 @@ class CacheKeeper:
         self._max_bytes = max_bytes
         self._max_image_bytes = max_image_bytes
         self._poll_s = poll.total_seconds()
+        self._new_spool = spool
 
     async def run(self) -> None:
         """Go on until cancelled, or until there is nothing left to keep."""
@@ -188,14 +191,16 @@ class CacheKeeper:
             copies = await self._rows.begin_copies(_COPY_LIMIT, _COPY_S) if len(copies) == _COPY_LIMIT else []
 
     async def _copy_one(self, copy: Copy) -> None:
+        spool = self._new_spool()
         try:
-            content = await self._store.get(copy.source, max_bytes=self._max_image_bytes)
+            await self._store.get_to_file(copy.source, spool, max_bytes=self._max_image_bytes)
         except (ArtifactMissingError, UnsupportedImageError):
-            content = b""
-        if await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest()) != copy.sha256:
             await self._rows.drop(copy.id)
             return
-        await self._store.put(copy.artifact, content, copy.media_type)
+        if spool.sha256 != copy.sha256:
+            await self._rows.drop(copy.id)
+            return
+        await self._store.put_file(copy.artifact, spool, copy.media_type)
         await self._rows.end_copy(copy.id)
 
     async def trim(self) -> None:

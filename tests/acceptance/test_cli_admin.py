@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -273,6 +274,21 @@ def test_ctrl_c_is_one_sentence_and_exit_code_5(database: str, cli: Cli, start: 
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (5, "Interrupted.\n")
     assert json.loads(cli(database, "order", 1, "--json").stdout)["status"] == "queued"
+
+
+def test_ctrl_c_leaves_a_script_its_order(database: str, cli: Cli, start: Callable[..., subprocess.Popen[str]]) -> None:
+    """With --json too it learns on the way out which order it was."""
+    cli(database, "config", "apply")
+    process = start("enqueue", URL, "--wait", "--json", JOBDAEMON_DATABASE_URL=database)
+    listens = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%order_progress WHERE%'"
+    with psycopg.connect(database, autocommit=True) as connection:
+        deadline = time.monotonic() + 30
+        while not connection.execute(f"{listens} AND pid <> pg_backend_pid()".encode()).fetchone():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)  # nothing tells that it waits
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr, json.loads(stdout)) == (5, "Interrupted.\n", {"order_id": 1, "created": True})
 
 
 def test_a_reader_who_goes_away_hears_nothing(database: str, cli: Cli) -> None:

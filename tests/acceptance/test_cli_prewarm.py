@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def test_a_source_is_passed_on(cli: Cli, sql: Sql, source: str) -> None:
         ("nothing.jpg", "nothing.jpg: there is no such file."),
         (".", ". is a folder, not a photo."),
         ("page.jpg", "page.jpg: "),
-        ("", "Bad order: photo must be the path of a file."),
+        ("", "Bad source: it must be the path of a photo, or https://…"),
         ("http://photos.example/a.jpg", "Bad source: it must be https://… or artifact:<key>, of at most 4096 bytes."),
         ("file:///etc/passwd", "Bad source: it must be https://… or artifact:<key>, of at most 4096 bytes."),
         ("artifact:../secret", "Bad source: it must be https://… or artifact:<key>, of at most 4096 bytes."),
@@ -148,6 +150,47 @@ def test_wait_tells_how_it_ended(cli: Cli, sql: Sql, status: str, error: str | N
     as_json = cli("prewarm", URL, "--wait", "--json")
     assert as_json.exit_code == 1
     assert json.loads(as_json.stdout) == {"job_id": 2, "created": True, "status": status, "error": error}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--json"], '{"job_id": 1, "created": true}\n'), ([], "Job 1 goes on without you.\n")],
+)
+def test_who_stops_waiting_keeps_the_job(
+    database: str, sql: Sql, start: Callable[..., subprocess.Popen[str]], options: list[str], told: str
+) -> None:
+    """Ctrl-C while it waits: the job's id on standard output, one sentence, exit code 5; the prewarm stays."""
+    process = start("prewarm", URL, "--wait", *options, JOBDAEMON_DATABASE_URL=database)
+    looks = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    looks += " AND query LIKE '%procrastinate_events WHERE job_id%'"
+    deadline = time.monotonic() + 30
+    while not sql.execute(looks).fetchone():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)  # nothing tells that it waits
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout, stderr) == (5, told, "Interrupted.\n")
+    assert jobs(sql)[0]["status"] == "todo"
+
+
+def test_cancel_takes_prewarms(cli: Cli, sql: Sql) -> None:
+    """One that waits is dropped, one that runs is told to stop, one that ended stays; no order's job is cancelled so."""
+    for number in range(3):
+        cli("prewarm", f"{URL}?{number}")
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'doing' WHERE id = 2")
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded' WHERE id = 3")
+    cli("enqueue", URL)
+    result = cli("cancel", "--job", 1, 2, 3, 4, 99)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "Prewarm 1 is cancelled.",
+        "Prewarm 2 is being stopped.",
+        "Prewarm 3 had ended before: it is succeeded, and so it stays.",
+    ]
+    assert result.stderr.splitlines() == ["Job 4 is no prewarm: cancel its order, 1.", "Unknown job 99."]
+    assert [job["status"] for job in jobs(sql)] == ["cancelled", "doing", "succeeded", "todo"]
+    assert cli("cancel", "--job", 1).stdout == "Prewarm 1 is cancelled.\n"
+    assert cli("cancel", "--job", "--remove-images", 1).exit_code == 2
 
 
 def test_a_daemon_does_it(

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 from jobdaemon.backends.gfpgan.child import LacksDeviceError, main
-from jobdaemon.backends.gfpgan.frames import Pixels
+from jobdaemon.backends.gfpgan.frames import FacesFailedError, Pixels
 from jobdaemon.errors import DeviceMemoryError, RetryableError, SettingsError
 
 #: First values of crops that do something.
-KILLS, HANGS, BABBLES, FILLS_MEMORY, RAISES, SLEEPS, FAILS = 1, 2, 3, 4, 5, 6, 7
+KILLS, HANGS, BABBLES, FILLS_MEMORY, RAISES, SLEEPS, FAILS, IS_UNSOUND = 1, 2, 3, 4, 5, 6, 7, 8
 
 
 class Inverter:
@@ -50,6 +50,9 @@ class Inverter:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if FAILS in first:
             raise RetryableError("No numbers came out.")
+        if IS_UNSOUND in first:
+            bad = [place for place, value in enumerate(first) if value == IS_UNSOUND]
+            raise FacesFailedError("No numbers came out.", restored=255 - crops, failed=bad)
         if SLEEPS in first:
             time.sleep(0.2)
         return 255 - crops

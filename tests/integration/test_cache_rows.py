@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import tracemalloc
 from datetime import timedelta
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -15,6 +17,8 @@ from jobdaemon.events import Events, UpkeepFailed
 from jobdaemon.ports import Taken
 from jobdaemon.queue.image_cache import CacheKeeper
 from jobdaemon.queue.store import PostgresJobStore
+from jobdaemon.spool import Spool
+from jobdaemon.storage.files import FilesStore
 from tests.daemons import until
 from tests.factories import Orders, Row, Sql
 from tests.fakes import FakeArtifacts
@@ -288,6 +292,44 @@ async def test_claims_that_came_to_nothing_go(store: PostgresJobStore, order_fac
     sql.execute("UPDATE jobdaemon.cache SET claimed_until = now() - interval '61 minutes' WHERE key = %s", [A])
     await keeper(store, FakeArtifacts()).trim()
     assert [row["key"] for row in rows(sql)] == [B]
+
+
+async def test_a_copy_takes_no_memory(store: PostgresJobStore, order_factory: Orders, sql: Sql, tmp_path: Path) -> None:
+    """However large the image: it goes from the store through a file, in the settings' folder, back to the store."""
+    content = bytes(range(256)) * (32 * 2**20 // 256)
+    artifacts = FilesStore(tmp_path / "store")
+    order = order_factory()
+    await take(store, order, {1: A})
+    await artifacts.put(make(sql, order, 1, content), content, "image/jpeg")
+    spools: list[Spool] = []
+
+    def spool() -> Spool:
+        spools.append(Spool(tmp_path / "spool"))
+        return spools[-1]
+
+    copier = CacheKeeper(
+        store.cache,
+        artifacts,
+        Events(),
+        is_on=True,
+        ttl=WEEK,
+        max_bytes=2**30,
+        max_image_bytes=len(content),
+        poll=timedelta(seconds=0.05),
+        spool=spool,
+    )
+    tracemalloc.start()
+    try:
+        await copier.copy()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < len(content) / 4
+    assert [spool.size_bytes for spool in spools] == [len(content)]
+    [hit] = (await take(store, order_factory(), {1: A})).hits.values()
+    assert await artifacts.get(hit.artifact, max_bytes=len(content)) == content
+    assert hit.artifact.startswith("cache/")
+    await artifacts.close()
 
 
 async def test_a_keeper_that_is_off_ends_when_nothing_is_left(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:

@@ -357,6 +357,53 @@ async def test_each_key_says_what_is_in_its_way(world: World) -> None:
     assert key["keys"][2] == {"alias": "c", "reason": "concurrency", "running": 2, "limit": 2}
 
 
+def _silent(world: World, seconds: float, *, lease_s: float = 15) -> None:
+    """Nothing has been heard of the daemon for so long."""
+    world.sql.execute(
+        "UPDATE jobdaemon.procrastinate_workers SET lease = %s * interval '1 s', last_heartbeat = now() - %s * interval '1 s'"
+        " WHERE id = %s",
+        [lease_s, seconds, world.claimed.daemon_id],
+    )
+
+
+async def test_a_key_whose_daemon_died_is_what_it_waits_for(world: World) -> None:
+    """Silent for half its lease the daemon is named; after that the key is nobody's, and where it was alone no daemon serves."""
+    _have_keys(world.sql, {"alias": "main"})
+    world.sql.execute('UPDATE jobdaemon.daemons SET keys = \'{"local": ["main"]}\'')
+    [job] = world.defer(QUEUE)
+    _silent(world, 7)
+    assert list(world.reasons(job)) == ["ready"]
+    _silent(world, 9)
+    daemon = world.claimed.daemon_id
+    key = world.reasons(job)["key"]
+    assert key["told"] == f"no key of local can start a call now: main is held by daemon {daemon}, which has said nothing for 9 s"
+    assert key["keys"] == [{"alias": "main", "reason": "missing", "daemon_id": daemon, "silent_seconds": 9}]
+    _silent(world, 16)
+    assert list(world.reasons(job)) == ["no_daemon"]
+    await world.store.register(host="b", pid=1, version="0", queues={QUEUE: 1}, keys={"local": ()}, lease=timedelta(seconds=15))
+    key = world.reasons(job)["key"]
+    assert key["told"] == "no key of local can start a call now: main is in the settings of no running daemon"
+    assert key["keys"] == [{"alias": "main", "reason": "missing"}]
+
+
+async def test_what_ran_on_a_dead_daemon_is_said_so(world: World) -> None:
+    """Silent for half its lease, that is told with the job; after a whole lease the job runs no more and its order waits."""
+    job = await _running(world)
+    daemon = world.claimed.daemon_id
+    _silent(world, 7)
+    assert re.fullmatch(rf"it runs on test \(daemon {daemon}\) since {Z}", world.reasons(job)["running"]["told"])
+    _silent(world, 9)
+    running = world.reasons(job)["running"]
+    words = "that daemon has said nothing for 9 s: if it is dead another one takes it over"
+    assert re.fullmatch(rf"it runs on test \(daemon {daemon}\) since {Z}; {words}", running["told"])
+    assert (running["silent_seconds"], world.waiting_for(job)) == (9, None)
+    _silent(world, 16)
+    told = world.reasons(job)["running"]["told"]
+    words = "that daemon has said nothing for 16 s, and another one takes it over"
+    assert re.fullmatch(rf"it ran on test \(daemon {daemon}\) since {Z}; {words}", told)
+    assert world.waiting_for(job) == told
+
+
 @pytest.mark.parametrize(
     "free",
     [

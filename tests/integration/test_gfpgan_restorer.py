@@ -22,7 +22,7 @@ from jobdaemon.backends.gfpgan.process import RefusedError
 from jobdaemon.backends.gfpgan.restorer import Restorer, RestorerRules
 from jobdaemon.errors import DeviceFailedError, PutOffError
 from tests.daemons import until
-from tests.integration.gfpgan_stand_in import BABBLES, FAILS, FILLS_MEMORY, HANGS, KILLS, RAISES, SLEEPS
+from tests.integration.gfpgan_stand_in import BABBLES, FAILS, FILLS_MEMORY, HANGS, IS_UNSOUND, KILLS, RAISES, SLEEPS
 
 STAND_IN = Path(__file__).with_name("gfpgan_stand_in.py")
 pytestmark = pytest.mark.newest_postgres
@@ -101,6 +101,21 @@ async def test_a_bad_face_fails_alone(journal: Path, evil: int) -> None:
         assert came_out([crop(50)], await made.restore([crop(50)]))
     assert batches(journal).count([evil]) == 2
     assert all(len(batch) == 1 for batch in batches(journal)[1:])
+
+
+async def test_a_face_without_numbers_costs_the_others_nothing(journal: Path) -> None:
+    """The faces beside it come out of the same batch; it is tried by itself twice, and fails its own photo alone."""
+    async with restorer(journal, batch=4, max_wait_s=0.3) as made:
+        innocent = [[crop(20)], [crop(30), crop(31)]]
+        *good, bad = await asyncio.gather(
+            *(made.restore(crops) for crops in [*innocent, [crop(IS_UNSOUND)]]), return_exceptions=True
+        )
+        assert isinstance(bad, DeviceFailedError)
+        assert "No numbers came out." in str(bad)
+        for crops, restored in zip(innocent, good, strict=True):
+            assert not isinstance(restored, BaseException)
+            assert came_out(crops, restored)
+    assert batches(journal) == [[20, 30, 31, IS_UNSOUND], [IS_UNSOUND], [IS_UNSOUND]]
 
 
 async def test_a_killed_child_comes_back(journal: Path) -> None:

@@ -120,12 +120,12 @@ async def test_faults_cost_attempts_and_no_order(engine_database: str, sql: Sql,
 
 
 async def test_a_service_that_is_down_opens_the_circuit(engine_database: str, sql: Sql, tmp_path: Path) -> None:
-    """Nobody there is no order's failure: after some tries nothing starts, and once the service is back the order completes."""
+    """Nobody there costs no attempt: after some tries nothing starts, and once the service is back the order completes."""
     sql.execute("UPDATE jobdaemon.queues SET circuit_rest = '300 ms', circuit_rest_cap = '300 ms' WHERE name = 'beautify'")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    settings = settings_for(f"http://127.0.0.1:{port}/photo-enhance/one", tmp_path)
+    settings = settings_for(f"http://127.0.0.1:{port}/photo-enhance/one", tmp_path, JOBDAEMON_QUEUES__BEAUTIFY__ATTEMPTS="1")
     async with running(settings, engine_database) as now:
         order_id = await now.place(sql)
         await until(lambda: any(isinstance(event, CircuitTurned) and event.circuit == "open" for event in now.seen), timeout_s=30)
@@ -135,3 +135,5 @@ async def test_a_service_that_is_down_opens_the_circuit(engine_database: str, sq
     assert (turns[0], turns[-1]) == ("open", "closed")
     errors = {event.error for event in now.seen if isinstance(event, JobFinished) and event.queue == "beautify" and event.error}
     assert all("could not be reached" in str(error) for error in errors)
+    outcomes = sql.execute("SELECT DISTINCT outcome FROM jobdaemon.attempts").fetchall()
+    assert outcomes == [{"outcome": "snooze"}]

@@ -26,6 +26,7 @@ from jobdaemon.backends import photo_enhance
 from jobdaemon.backends.faces import FaceDetector
 from jobdaemon.backends.photo_enhance import PhotoEnhanceBackend
 from jobdaemon.errors import (
+    BackendAwayError,
     DeviceMemoryError,
     ProviderRefusedError,
     ProviderUnavailableError,
@@ -341,7 +342,7 @@ async def test_a_failed_task_is_the_service_s_trouble(
     [
         (says(429, {"Retry-After": "7"}), RateLimitedError, "capacity"),
         (says(503, {"Retry-After": "7"}), RateLimitedError, "capacity"),
-        (says(503), ProviderUnavailableError, "503"),
+        (says(503), BackendAwayError, "503"),
         (says(504), ProviderUnavailableError, "504"),
         (PAGE, ProviderUnavailableError, "502"),
         (says(500, detail="Failed to process request: disk full"), ProviderUnavailableError, "disk full"),
@@ -378,8 +379,54 @@ async def test_nobody_there(open_backend: Open) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         backend = open_backend(f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(ProviderUnavailableError, match="could not be reached"):
+        with pytest.raises(BackendAwayError, match="could not be reached"):
             await backend.beautify(PHOTO, strength=0.7)
+
+
+async def test_a_photo_that_may_have_broken_the_service_is_no_outage_s(backend: PhotoEnhanceBackend, service: Service) -> None:
+    """What breaks off after the photo was sent is told apart from a service that was away before."""
+    for answer in (resets, PAGE, says(500), says(504)):
+        service.answers["/api/v1/enhance"] = [answer]
+        service.answers["/health"] = [says(status="healthy")]
+        with pytest.raises(ProviderUnavailableError) as told:
+            await backend.beautify(PHOTO, strength=0.7)
+        assert type(told.value) is ProviderUnavailableError
+
+
+@pytest.mark.parametrize(
+    ("health", "error"),
+    [
+        (resets, BackendAwayError),
+        (PAGE, BackendAwayError),
+        (says(503), BackendAwayError),
+        (says(503, {"Retry-After": "7"}), RateLimitedError),
+    ],
+)
+async def test_a_service_in_doubt_is_asked_before_it_gets_a_photo(
+    backend: PhotoEnhanceBackend, service: Service, health: Handler, error: type[Exception]
+) -> None:
+    """An outage in which connections are made and broken costs a photo one attempt at most: the next ones send nothing."""
+    service.answers["/api/v1/enhance"] = [resets]
+    with pytest.raises(ProviderUnavailableError):
+        await backend.beautify(PHOTO, strength=0.7)
+    service.answers = {"/health": [health]}
+    for _ in range(3):
+        with pytest.raises(error):
+            await backend.beautify(PHOTO, strength=0.7)
+    assert len(service.uploads) == 1
+    service.answers = {"/health": [says(404)]}
+    assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
+    assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
+    assert service.count("GET /health") == 4
+
+
+async def test_a_service_that_went_with_a_photo_has_seen_it(backend: PhotoEnhanceBackend, service: Service) -> None:
+    """Forgotten by one that is away when it is sent again, the photo may have broken it."""
+    service.answers["/api/v1/enhance"] = [says(task_id="task-1"), says(503)]
+    service.answers[STATUS] = [says(404)]
+    with pytest.raises(ProviderUnavailableError) as told:
+        await backend.beautify(PHOTO, strength=0.7)
+    assert type(told.value) is ProviderUnavailableError
 
 
 async def test_it_can_be_asked_whether_it_is_there(open_backend: Open, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

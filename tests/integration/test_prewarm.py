@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -324,6 +325,26 @@ async def test_an_order_waits_for_no_prewarm_of_its_photo(engine_database: str, 
         assert sql.execute("SELECT running FROM jobdaemon.prewarm_stats").fetchone() == {"running": 1}
         release.set()
         await until(lambda: sql.execute("SELECT kept FROM jobdaemon.prewarm_stats").fetchone() == {"kept": 1})
+
+
+async def test_a_cancelled_prewarm_stops(engine_database: str, sql: Sql) -> None:
+    """The daemon that runs it hears of it within a second, and the slot is free."""
+    begun = asyncio.Event()
+
+    async def gate(attempt: Attempt) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with running_daemon(engine_database, Stages(gate), team_size=1):
+        row = sql.execute("SELECT job_id FROM jobdaemon.prewarm('artifact:sources/a.jpg')").fetchone()
+        assert row is not None
+        await asyncio.wait_for(begun.wait(), 20)
+        started = time.monotonic()
+        sql.execute("SELECT jobdaemon.cancel_prewarm(%s)", [row["job_id"]])
+        await until(lambda: sql.execute("SELECT running FROM jobdaemon.prewarm_stats").fetchone() == {"running": 0})
+        assert time.monotonic() - started < 1
+    job = sql.execute("SELECT status FROM jobdaemon.procrastinate_jobs").fetchone()
+    assert job == {"status": "aborted"}
 
 
 async def test_free_takes_the_very_next_slot(engine_database: str, sql: Sql, order_factory: Orders) -> None:

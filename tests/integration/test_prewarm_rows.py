@@ -244,6 +244,33 @@ async def test_others_may_cancel_one(store: PostgresJobStore, daemon_id: int, sq
     assert (verdict, job(sql, running)["status"]) == ([Verdict.ACCEPTED], "aborted")
 
 
+async def test_a_prewarm_is_cancelled(store: PostgresJobStore, daemon_id: int, sql: Sql, order_factory: Orders) -> None:
+    """One that waits, or rests, is dropped at once; what runs ends as aborted; the job of an order is refused."""
+
+    def cancel(job_id: int) -> str:
+        row = sql.execute("SELECT jobdaemon.cancel_prewarm(%s) AS status", [job_id]).fetchone()
+        assert row is not None
+        return str(row["status"])
+
+    waiting, running = prewarm(sql, "artifact:a")["job_id"], prewarm(sql, "artifact:b")["job_id"]
+    assert (cancel(waiting), cancel(waiting)) == ("cancelled", "cancelled")
+    assert prewarm(sql, "artifact:a")["created"]
+    [claimed, resting] = await store.claim("beautify", daemon_id, 2)
+    assert claimed.id == running
+    await store.commit([Transition(resting, End.RETRY, delay=HOUR, error="x")], daemon_id=daemon_id)
+    assert cancel(resting.id) == "cancelled"
+    assert (cancel(running), cancel(running)) == ("doing", "doing")
+    await store.commit([Transition(claimed, End.HANDED_BACK)], daemon_id=daemon_id)
+    assert (job(sql, running)["status"], cancel(running)) == ("aborted", "aborted")
+    order = order_factory("Free")
+    row = sql.execute("SELECT id FROM jobdaemon.procrastinate_jobs WHERE status = 'todo'").fetchone()
+    assert row is not None
+    for job_id, told in ((row["id"], f"job {row['id']} is no prewarm: cancel its order, {order}"), (None, "unknown job NULL")):
+        with pytest.raises(psycopg.Error, match=told) as caught:
+            sql.execute("SELECT jobdaemon.cancel_prewarm(%s)", [job_id])
+        assert caught.value.sqlstate == "JD005"
+
+
 async def test_queue_depth_counts_what_holds_slots(
     store: PostgresJobStore, daemon_id: int, sql: Sql, order_factory: Orders
 ) -> None:

@@ -74,6 +74,8 @@ def test_producer_calls_functions_and_reads_nothing(login: Callable[[str], str])
         assert app.execute("SELECT jobdaemon.cancel_order(%s)", [row[0]]).fetchone() == ("cancelled",)
         app.execute("SELECT jobdaemon.pause_queue('upload')")
         assert app.execute("SELECT created FROM jobdaemon.prewarm(%s)", [SOURCE]).fetchone() == (True,)
+        with pytest.raises(psycopg.Error, match="unknown job"):
+            app.execute("SELECT jobdaemon.cancel_prewarm(77)")
         assert app.execute("SELECT jobdaemon.clear_cache()").fetchone() == (0,)
         for call in ("pause_key('nobody', 'a')", "resume_key('nobody', 'a')"):
             with pytest.raises(psycopg.Error, match="unknown key"):

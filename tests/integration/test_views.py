@@ -81,6 +81,7 @@ async def test_waiting_for_says_why(sql: Sql, order_factory: Orders, claimed_job
     sql.execute("SELECT jobdaemon.resume_queue('beautify')")
     later = order_factory("Free", at="tomorrow")
     assert str(_waiting_for(sql, later)).startswith("it is scheduled to wait until ")
+    sql.execute("UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now()")
     await claimed_job_factory.claim("beautify")
     assert _waiting_for(sql, order_id) is None
     sql.execute("SELECT jobdaemon.cancel_order(%s)", [later])

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from jobdaemon.errors import DeviceMemoryError, ProviderRefusedError, ProviderUnavailableError, RateLimitedError
+from jobdaemon.errors import (
+    AnswerLostError,
+    DeviceMemoryError,
+    ProviderRefusedError,
+    ProviderUnavailableError,
+    RateLimitedError,
+)
 from jobdaemon.http import Answer
 from jobdaemon.providers.comfyui.answers import (
     NODE_ERRORS,
@@ -72,14 +78,40 @@ def test_an_accepted_prompt_with_a_bad_output_is_refused() -> None:
         (401, ProviderUnavailableError),
         (403, ProviderUnavailableError),
         (302, ProviderUnavailableError),
+        (404, ProviderUnavailableError),
+        (405, ProviderUnavailableError),
+        (422, ProviderUnavailableError),
+        (400, ProviderRefusedError),
         (413, ProviderRefusedError),
     ],
 )
 def test_each_status_is_its_kind(status: int, error: type[Exception]) -> None:
-    """A status alone: a proxy that asks for a password is a server that is not there, since these have no keys."""
+    """A status alone: ComfyUI itself refuses with 400 and 413 only; any other is somebody else's who is in the way."""
     made = status_error(Answer(status, {"retry-after": "3"}, b"", "http://gpu/queue"))
     assert type(made) is error
     assert str(status) in str(made)
+
+
+@pytest.mark.parametrize("status", [408, 504, 524])
+def test_a_gateway_that_gave_up_does_not_know(status: int) -> None:
+    """A prompt may be queued all the same: that is asked before it is sent elsewhere. Any other question is just asked again."""
+    answer = Answer(status, {}, b"", "http://gpu/prompt")
+    assert type(status_error(answer, is_submit=True)) is AnswerLostError
+    assert type(status_error(answer)) is ProviderUnavailableError
+
+
+@pytest.mark.parametrize(
+    ("details", "error"),
+    [
+        ("image - Invalid image file: jobdaemon/0123.png", ProviderUnavailableError),
+        ("image - Invalid image file: mask.png", ProviderRefusedError),
+        (None, ProviderRefusedError),
+    ],
+)
+def test_a_photo_that_is_gone_is_put_there_again(details: str | None, error: type[Exception]) -> None:
+    """Somebody cleared the folder after the upload; a file that the workflow itself names does not come by trying again."""
+    refused = {"type": "custom_validation_failed", "message": "Custom validation failed for node", "details": details}
+    assert type(submit_error(_refusal(refused), "x")) is error
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from jobdaemon.domain.retry import (
 )
 from jobdaemon.domain.write import OrderFailed, Write
 from jobdaemon.errors import (
+    BackendAwayError,
     DatabaseUnavailableError,
     DeviceMemoryError,
     KeyRefusedError,
@@ -100,6 +101,15 @@ def test_what_is_put_off_costs_nothing(after: timedelta | None, delay_s: float) 
         transition = after_error(job, PutOffError("later", retry_after=after), POLICY, jitter=jitter, dead=dead)
         assert (transition.end, transition.signal, transition.writes) == (End.SNOOZE, None, ())
         assert transition.delay == timedelta(seconds=delay_s) * (1 + POLICY.jitter * jitter)
+
+
+@pytest.mark.parametrize(("after", "delay_s"), [(None, 2.0), (timedelta(seconds=1), 2.0), (timedelta(seconds=30), 30.0)])
+def test_a_backend_that_is_away_costs_nothing(after: timedelta | None, delay_s: float) -> None:
+    """Even the last attempt is snoozed, as long as after a first one, and the queue hears of an outage."""
+    error = BackendAwayError("away", retry_after=after)
+    transition = after_error(Job(1, "q", "t", 0, attempts=99), error, POLICY, jitter=0.5, dead=dead)
+    assert (transition.end, transition.signal, transition.writes) == (End.SNOOZE, Signal.OUTAGE, ())
+    assert transition.delay == timedelta(seconds=delay_s)
 
 
 @pytest.mark.parametrize(("is_out_of_money", "signal"), [(False, Signal.KEY), (True, Signal.MONEY)])

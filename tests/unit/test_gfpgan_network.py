@@ -18,6 +18,7 @@ from torch import nn
 
 from jobdaemon.backends.gfpgan import execution
 from jobdaemon.backends.gfpgan.architecture import build
+from jobdaemon.backends.gfpgan.frames import FacesFailedError
 from jobdaemon.backends.gfpgan.network import FaceNetwork, Pixels, fitting_batch
 from jobdaemon.backends.gfpgan.optimised import OptimisedNetwork
 from jobdaemon.backends.gfpgan.weights import load_weights
@@ -238,9 +239,9 @@ def test_memory_for_no_face_is_an_error(narrow: nn.Module, monkeypatch: pytest.M
 
 
 def test_other_failures_are_not_taken_for_missing_memory(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any other error goes to the caller at once."""
+    """Any other error is the faces' at once."""
     device = Device(monkeypatch, holds=0, error=ZeroDivisionError)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(FacesFailedError, match="ZeroDivisionError"):
         FaceNetwork(narrow, device="cpu", batch_size=2).restore(faces(1))
     assert device.batches == [2]
 
@@ -251,6 +252,34 @@ def test_values_that_are_no_numbers_are_an_error() -> None:
     broken.final_linear.bias.data.fill_(float("inf"))
     with pytest.raises(RetryableError, match="no numbers on cpu"):
         FaceNetwork(broken, device="cpu").restore(faces(1))
+
+
+@pytest.mark.parametrize("how", ["no numbers", "raises"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_poisoned_face_leaves_the_others_alone(
+    narrow: nn.Module, monkeypatch: pytest.MonkeyPatch, how: str, batch_size: int
+) -> None:
+    """Where the network breaks over a face, the others of the call have the bytes they have alone; a raise fails its batch."""
+    poison = 77
+    compute = OptimisedNetwork.compute
+
+    def poisoned(network: OptimisedNetwork, numbers: torch.Tensor) -> torch.Tensor:
+        evil = (((numbers[:, :, 0, 0] + 1) * 127.5).round() == poison).all(1)
+        if how == "raises" and evil.any():
+            raise RuntimeError("a convolution that met its match")
+        output = compute(network, numbers)
+        output[evil, 0, 0, 0] = torch.nan
+        return output
+
+    monkeypatch.setattr(OptimisedNetwork, "compute", poisoned)
+    network = FaceNetwork(narrow, device="cpu", batch_size=batch_size)
+    crops = faces(5)
+    crops[2, 0, 0] = poison
+    with pytest.raises(FacesFailedError, match="no numbers on cpu" if how == "no numbers" else "RuntimeError") as told:
+        network.restore(crops)
+    assert told.value.failed == ([2, 3] if (how, batch_size) == ("raises", 2) else [2])
+    for place in {0, 1, 3, 4} - set(told.value.failed):
+        assert np.array_equal(told.value.restored[place], network.restore(crops[place : place + 1])[0])
 
 
 def test_dead_compiler_falls_back(narrow: nn.Module, network: FaceNetwork, monkeypatch: pytest.MonkeyPatch) -> None:

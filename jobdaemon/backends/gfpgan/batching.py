@@ -95,10 +95,10 @@ class Waiting:
 
     def died(self, crops: list[Crop]) -> list[Crop]:
         """
-        The process died with these crops in it.
+        The process died with these crops in it, or nothing came out of them.
 
         Returns:
-            Those that killed it, each of them twice while nothing else was there; the others wait again.
+            Those that were to blame, each of them twice while nothing else was there; the others wait again.
         """
         guilty = []
         for crop in crops:

@@ -4,8 +4,8 @@ The process that drives the device: loads the network once, then restores batch 
     python -m jobdaemon.backends.gfpgan.child --channel FD --memory FD --parent PID --batch 16 --weights FILE --device cuda
 
 torch is imported inside a function, so that a machine without it can say so in a sentence. Nothing is mended here: whatever goes
-wrong but a lack of memory ends the process, and the daemon starts another one, because after an error of the device nothing in a
-process can be trusted. It ends when the channel closes or its parent dies, by no signal but
+wrong but a lack of memory, or faces that fail by themselves, ends the process, and the daemon starts another one, because after
+an error of the device nothing in a process can be trusted. It ends when the channel closes or its parent dies, by no signal but
 SIGKILL: a Ctrl-C or a stop is for the daemon to act on, which needs its child until the last photo is done.
 """
 
@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobdaemon.backends.gfpgan.frames import Frames, Pixels
+from jobdaemon.backends.gfpgan.frames import FacesFailedError, Frames, Pixels
 from jobdaemon.errors import DeviceMemoryError, RetryableError, SettingsError
 
 _PR_SET_PDEATHSIG = 1
@@ -44,7 +44,8 @@ class Network(Protocol):
 
         Raises:
             DeviceMemoryError: not even one fits.
-            RetryableError: nothing sound came out.
+            FacesFailedError: nothing sound came out of some of them.
+            RetryableError: of some, and nobody knows which.
         """
         ...
 
@@ -116,12 +117,15 @@ def _restore(network: Network, frames: Frames, request: dict[str, Any], channel:
     crops = frames.slot(request["slot"], request["count"])
     try:
         crops[:] = network.restore(crops)
+    except FacesFailedError as error:
+        crops[:] = error.restored
+        _tell(channel, told="restored", number=request["number"], failed=error.failed, reason=str(error))
     except DeviceMemoryError as error:
         _tell(channel, told="no_memory", number=request["number"], reason=str(error))
     except RetryableError as error:
         _tell(channel, told="failed", number=request["number"], reason=str(error))
     else:
-        _tell(channel, told="restored", number=request["number"])
+        _tell(channel, told="restored", number=request["number"], failed=[], reason="")
 
 
 def _requests(channel: socket.socket) -> Iterator[dict[str, Any]]:

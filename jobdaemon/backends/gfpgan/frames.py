@@ -12,10 +12,13 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Collection
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
+
+from jobdaemon.errors import RetryableError
 
 Pixels = NDArray[np.uint8]
 
@@ -26,6 +29,21 @@ _CROP_BYTES = CROP_SHAPE[0] * CROP_SHAPE[1] * CROP_SHAPE[2]
 SLOTS = 2
 #: Longer lines are no message.
 MAX_MESSAGE_BYTES = 16_384
+
+
+class FacesFailedError(RetryableError):
+    """
+    Some faces of a batch could not be restored; the others were, as they would have been without those.
+
+    Attributes:
+        restored: (N, 512, 512, 3) uint8 RGB, all of the batch; of those that failed the pixels mean nothing.
+        failed: places in the batch.
+    """
+
+    def __init__(self, message: str, *, restored: Pixels, failed: Collection[int]) -> None:
+        super().__init__(message)
+        self.restored = restored
+        self.failed = sorted(failed)
 
 
 class Frames:

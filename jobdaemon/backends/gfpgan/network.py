@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobdaemon.backends.gfpgan.architecture import FACE_SIDE_PX, build
+from jobdaemon.backends.gfpgan.frames import FacesFailedError
 from jobdaemon.backends.gfpgan.weights import load_weights
-from jobdaemon.errors import DeviceMemoryError, RetryableError, SettingsError
+from jobdaemon.errors import DeviceMemoryError, SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -151,15 +152,16 @@ class FaceNetwork:
 
         Raises:
             DeviceMemoryError: the device cannot hold a single face at the moment. Retryable.
-            RetryableError: the network gave values that are no numbers.
+            FacesFailedError: the network gave values that are no numbers for some of the faces, or, on the CPU, raised over a
+                batch with them. It has the others. Retryable.
         """
         if crops.ndim != 4 or crops.shape[1:] != (FACE_SIDE_PX, FACE_SIDE_PX, 3) or crops.dtype != np.uint8:
             raise ValueError(f"crops must be uint8 (N, {FACE_SIDE_PX}, {FACE_SIDE_PX}, 3), not {crops.dtype} {crops.shape}")
         restored = np.empty_like(crops)
-        done = 0
-        while done < len(crops):
+        failed: dict[int, str] | None = None if len(crops) else {}
+        while failed is None:
             try:
-                done = self._run(crops, restored, done)
+                failed = self._run(crops, restored)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -167,25 +169,40 @@ class FaceNetwork:
             else:
                 continue
             self._halve()
+        if failed:
+            raise FacesFailedError(next(iter(failed.values())), restored=restored, failed=failed)
         return restored
 
-    def _run(self, crops: Pixels, restored: Pixels, start: int) -> int:
-        """Restore from *start* on; how far it came when the memory gave out is lost, and done again in smaller batches."""
+    def _run(self, crops: Pixels, restored: Pixels) -> dict[int, str]:
+        """
+        Restore; how far it came when the memory gave out is lost, and done again in smaller batches.
+
+        Returns:
+            The places that failed, and why.
+        """
         execution = self._execution or self._prepared()
+        failed: dict[int, str] = {}
         waiting: deque[tuple[int, Any]] = deque()
-        position = start
+        position = 0
         while position < len(crops) or waiting:
             if position < len(crops):
                 batch = crops[position : position + execution.batch_size]
-                waiting.append((position, execution.submit(batch)))
+                try:
+                    waiting.append((position, execution.submit(batch)))
+                except Exception as error:
+                    # After an error of a device nothing in this process can be trusted.
+                    if self._place.type != "cpu" or is_out_of_memory(error):
+                        raise
+                    told = f"The face network {self.name} failed on {self.device} ({_first_line(error)})."
+                    failed |= dict.fromkeys(range(position, position + len(batch)), told)
                 position += len(batch)
-            if len(waiting) == 2 or position >= len(crops):
+            if len(waiting) == 2 or (waiting and position >= len(crops)):
                 at, wait = waiting.popleft()
                 result = wait()
-                if not result.sound.all():
-                    raise RetryableError(f"The face network {self.name} gave values that are no numbers on {self.device}.")
                 restored[at : at + len(result.crops)] = result.crops
-        return position
+                told = f"The face network {self.name} gave values that are no numbers on {self.device}."
+                failed |= {at + int(place): told for place in np.flatnonzero(~result.sound)}
+        return failed
 
     def _prepared(self) -> Execution:
         from jobdaemon.backends.gfpgan.execution import CudaExecution, PlainExecution, compiled  # noqa: PLC0415
@@ -235,6 +252,10 @@ class FaceNetwork:
 
     def _too_small(self, what: str) -> DeviceMemoryError:
         return DeviceMemoryError(f"{self.device} has no memory for {what} at the moment.")
+
+
+def _first_line(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def fitting_batch(*, per_face_bytes: int, free_bytes: int) -> int:

@@ -75,6 +75,20 @@ class Loaded:
     device: str
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """
+    What did not come out of a batch whose other crops did.
+
+    Attributes:
+        places: in the batch.
+        reason: of one of them, for people.
+    """
+
+    places: frozenset[int]
+    reason: str
+
+
 class RestorerProcess:
     """A child at work, from :meth:`begin` to its death."""
 
@@ -86,7 +100,7 @@ class RestorerProcess:
         self._channel = channel
         self._loaded: asyncio.Future[Loaded] = loop.create_future()
         self._ready: asyncio.Future[None] = loop.create_future()
-        self._answers: dict[int, asyncio.Future[None]] = {}
+        self._answers: dict[int, asyncio.Future[Failed]] = {}
         self._requests = 0
         self._last_lines: deque[str] = deque(maxlen=5)
         self._tasks: list[asyncio.Task[None]] = []
@@ -161,16 +175,16 @@ class RestorerProcess:
         """Wait until it has warmed up; raises as :meth:`loaded`."""
         await self._within(timeout_s, self._ready, "warming up")
 
-    async def restore(self, slot: int, count: int, *, timeout_s: float) -> None:
+    async def restore(self, slot: int, count: int, *, timeout_s: float) -> Failed:
         """
-        Have the first *count* crops of *slot* restored in place.
+        Have the first *count* crops of *slot* restored in place; returns those that were not, none as a rule.
 
         Args:
             timeout_s: for this batch; one that was sent before has its time too.
 
         Raises:
             NoDeviceMemoryError: the device has none now.
-            BatchFailedError: the network made nothing of it.
+            BatchFailedError: the network made nothing of it, nobody knows for which of them.
             ChildDiedError: it died of this or of something else, or gave no answer in time.
             ChildGoneError: it was dead before.
         """
@@ -181,7 +195,7 @@ class RestorerProcess:
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self._channel.write(json.dumps({"number": number, "slot": slot, "count": count}).encode() + b"\n")
         try:
-            await self._within(timeout_s * len(self._answers), answer, "restoring faces")
+            return await self._within(timeout_s * len(self._answers), answer, "restoring faces")
         finally:
             self._answers.pop(number, None)
 
@@ -255,7 +269,8 @@ class RestorerProcess:
             case "ready":
                 self._ready.set_result(None)
             case "restored":
-                self._answers.pop(message["number"]).set_result(None)
+                failed = Failed(frozenset(map(int, message["failed"])), str(message["reason"]).removesuffix("."))
+                self._answers.pop(message["number"]).set_result(failed)
             case "no_memory":
                 self._answers.pop(message["number"]).set_exception(NoDeviceMemoryError(str(message["reason"])))
             case "failed":

@@ -226,7 +226,7 @@ class Restorer:
         shared = life.frames.slot(slot, len(batch))
         try:
             await loop.run_in_executor(self._copier, _lay_out, shared, batch)
-            await life.restore(slot, len(batch), timeout_s=self._rules.timeout.total_seconds())
+            failed = await life.restore(slot, len(batch), timeout_s=self._rules.timeout.total_seconds())
             restored = await loop.run_in_executor(self._copier, shared.copy)
         except ChildGoneError:
             self._waiting.put_back(batch)
@@ -234,8 +234,7 @@ class Restorer:
             self._waiting.put_back(batch)
             raise
         except (ChildDiedError, BatchFailedError) as error:
-            for crop in self._waiting.died(batch):
-                self._fail(crop, DeviceFailedError(f"The face could not be restored: {error}."))
+            self._suspect(batch, str(error))
         except NoDeviceMemoryError as error:
             self._waiting.put_back(batch)
             self._rest_for_memory(str(error))
@@ -245,9 +244,10 @@ class Restorer:
         else:
             self._deaths = self._shortages = 0
             self._down_since_s = None
-            for crop, pixels in zip(batch, restored, strict=True):
-                if crop.is_wanted:
+            for place, (crop, pixels) in enumerate(zip(batch, restored, strict=True)):
+                if crop.is_wanted and place not in failed.places:
                     crop.restored.set_result(pixels)
+            self._suspect([batch[place] for place in failed.places], failed.reason)
         finally:
             self._free_slots.append(slot)
             self._waiting.ended()
@@ -260,6 +260,11 @@ class Restorer:
         self._shortages += 1
         self._rest_until_s = asyncio.get_running_loop().time() + rest_s
         self._log("the device has no memory", level=logging.WARNING, reason=why, rest_s=rest_s)
+
+    def _suspect(self, crops: list[Crop], why: str) -> None:
+        """They are tried again, each by itself; those that failed so before are given up."""
+        for crop in self._waiting.died(crops):
+            self._fail(crop, DeviceFailedError(f"The face could not be restored: {why}."))
 
     def _fail(self, crop: Crop, error: Exception) -> None:
         if crop.is_wanted:

@@ -30,11 +30,16 @@ NODE_ERRORS: Mapping[str, Kind] = {
     "value_smaller_than_min": Kind.PERMANENT,
     "value_bigger_than_max": Kind.PERMANENT,
     "value_not_in_list": Kind.PERMANENT,  # a model file is not there
-    "custom_validation_failed": Kind.PERMANENT,
+    "custom_validation_failed": Kind.PERMANENT,  # but see _kind_of
     "dependency_cycle": Kind.PERMANENT,
     "exception_during_validation": Kind.RETRY,  # a node broke down, over a file for instance
     "exception_during_inner_validation": Kind.RETRY,
 }
+#: Statuses with which a server refuses what it was sent (/prompt, /upload/image and /view: server.py, read 2026). Any other from
+#: 400 to 499, but for /view's own 404, is a proxy's, or of something else that has taken its port.
+_REFUSALS = (400, 413)
+#: Where photos are put, below the server's folder for inputs.
+UPLOAD_FOLDER = "jobdaemon"
 #: How the memory errors of torch, HIP and Python end (model_management.py, OOM_EXCEPTION).
 _MEMORY_ERRORS = ("OutOfMemoryError", "MemoryError")
 
@@ -69,10 +74,16 @@ class Finished:
     error: Exception | None
 
 
-def status_error(answer: Answer) -> Exception:
-    """What an answer other than 200 means; these servers have no keys, so a proxy that asks for one is in the way."""
-    kind = kind_of_status(answer.status)
-    kind = Kind.RETRY if kind in (Kind.KEY, Kind.MONEY) else kind
+def status_error(answer: Answer, *, is_submit: bool = False) -> Exception:
+    """
+    What an answer other than 200 means; these servers have no keys, so a proxy that asks for one is in the way.
+
+    Args:
+        is_submit: whether a prompt was sent: a gateway that gave up waiting does not know whether it is queued.
+    """
+    kind = kind_of_status(answer.status, is_submit=is_submit)
+    if kind in (Kind.KEY, Kind.MONEY) or (kind is Kind.PERMANENT and answer.status not in _REFUSALS):
+        kind = Kind.RETRY
     return error_of(kind, NAME, f"{answer.shown} answered with status {answer.status}", retry_after=answer.retry_after)
 
 
@@ -84,7 +95,7 @@ def submit_error(body: Mapping[str, Any], shown: str) -> Exception | None:
     # Versions differ: an object, and a plain text in the oldest.
     facts = error if isinstance(error, dict) else {"message": error if isinstance(error, str) else "the workflow is not valid"}
     words = [_words(facts), *(f"node {number} ({class_type}): {_words(details)}" for number, class_type, details in found[:3])]
-    kinds = {NODE_ERRORS.get(str(details.get("type")), Kind.PERMANENT) for _, _, details in found}
+    kinds = {_kind_of(details) for _, _, details in found}
     if not kinds:
         kinds = {SUBMIT_ERRORS.get(str(facts.get("type")), Kind.PERMANENT)}
     return error_of(Kind.PERMANENT if Kind.PERMANENT in kinds else Kind.RETRY, NAME, f"{shown}: {'; '.join(words)}")
@@ -96,6 +107,14 @@ def _node_errors(value: object) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         for details in errors if isinstance(errors, list) else ():
             if isinstance(details, dict):
                 yield str(number), str(node.get("class_type", "?")), details
+
+
+def _kind_of(details: Mapping[str, Any]) -> Kind:
+    """What a node's complaint means. A photo that was put there a moment ago, and is gone, is put there again next time."""
+    code, told = str(details.get("type")), str(details.get("details"))
+    if code == "custom_validation_failed" and f"Invalid image file: {UPLOAD_FOLDER}/" in told:
+        return Kind.RETRY
+    return NODE_ERRORS.get(code, Kind.PERMANENT)
 
 
 def _words(facts: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from jobdaemon.errors import ProviderUnavailableError
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.providers.comfyui.answers import (
     NAME,
+    UPLOAD_FOLDER,
     Finished,
     ImageFile,
     Waiting,
@@ -32,7 +33,6 @@ _MAX_PROBE_BYTES = 64 * 1024
 _PROBE_TIMEOUT = timedelta(seconds=5)
 #: A file that did not come whole, or is not there yet, is asked for again after so many seconds.
 _FETCH_RESTS_S = (0.2, 1.0)
-_UPLOAD_FOLDER = "jobdaemon"
 _SUFFIXES = {"image/jpeg": ".jpg", "image/png": ".png", "image/webp": ".webp"}
 
 
@@ -96,7 +96,7 @@ class ComfyServer:
         answer = await self._call(
             "POST",
             "/upload/image",
-            data={"type": "input", "subfolder": _UPLOAD_FOLDER},
+            data={"type": "input", "subfolder": UPLOAD_FOLDER},
             files=[("image", (name, photo, media_type))],
         )
         if answer.status != 200:
@@ -121,7 +121,7 @@ class ComfyServer:
         """
         answer = await self._call("POST", "/prompt", payload={"prompt": nodes, "prompt_id": prompt_id, "client_id": prompt_id})
         if answer.status not in (200, 400):
-            raise status_error(answer)
+            raise status_error(answer, is_submit=True)
         body = _object(answer)
         accepted = body.get("prompt_id")
         if (error := submit_error(body, answer.shown)) is not None:
