@@ -132,6 +132,7 @@ async def polled(
     Args:
         ask: None means not yet. Its RetryableErrors are overcome *strikes* - 1 times in a row, longer after each; a
             RateLimitedError of a poll says nothing about new calls, so it only slows the polling down.
+        every: from one question to the next, the time of its answer included, as long as that takes no more than half of it.
         what: for the error.
 
     Raises:
@@ -140,20 +141,23 @@ async def polled(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience.total_seconds()
     failures = 0
+    due = loop.time()
     while loop.time() < deadline:
-        rest = every
+        rest_s = every.total_seconds()
         try:
             answer = await ask()
         except RateLimitedError as error:
-            rest = max(every * 2, error.retry_after or every)
+            rest_s = max(every * 2, error.retry_after or every).total_seconds()
         except RetryableError:
             failures += 1
             if failures >= strikes:
                 raise
-            rest = every * 2**failures
+            rest_s *= 2**failures
         else:
             failures = 0
             if answer is not None:
                 return answer
-        await asyncio.sleep(min(rest.total_seconds(), max(0.0, deadline - loop.time())))
+            due = max(due, loop.time() - rest_s / 2) + rest_s
+            rest_s = due - loop.time()
+        await asyncio.sleep(max(0.0, min(rest_s, deadline - loop.time())))
     raise ProviderUnavailableError(f"{what} is not done after {patience.total_seconds():g} s")
