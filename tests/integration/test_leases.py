@@ -534,8 +534,10 @@ HOLDS: dict[str, str] = {
     "order": "SELECT FROM jobdaemon.orders WHERE id = %s FOR UPDATE",
     "job": "SELECT FROM jobdaemon.procrastinate_jobs WHERE (args ->> 'order_id')::bigint = %s FOR UPDATE",
     "image": "SELECT FROM jobdaemon.images WHERE order_id = %s FOR UPDATE",
-    "reference": "SELECT FROM jobdaemon.orders WHERE id = %s FOR KEY SHARE",
+    "shared": "SELECT FROM jobdaemon.orders WHERE id = %s FOR SHARE",
 }
+#: As the foreign key of another table does, while a row that names the order is being inserted.
+REFERENCE = "SELECT FROM jobdaemon.orders WHERE id = %s FOR KEY SHARE"
 
 
 @pytest.mark.parametrize("what", HOLDS)
@@ -555,6 +557,17 @@ async def test_an_order_that_somebody_holds_holds_up_nothing_else(
         await until(lambda: order_factory.row(first)["status"] == "completed")
     assert [row["attempts"] for row in order_factory.jobs(first)] == [1] * 4
     assert sql.execute("SELECT FROM jobdaemon.attempts").fetchall() == []
+
+
+async def test_an_order_that_somebody_refers_to_goes_on(engine_database: str, order_factory: Orders) -> None:
+    """A transaction that inserts rows of its own with a foreign key to an order holds nothing up, that order neither."""
+    calls = Calls("jobdaemon.upload")
+    async with running_daemon(engine_database, Stages(calls.gate), team_size=4):
+        order = order_factory("Free")
+        await until(lambda: len(calls.runs) == 2)
+        async with held(engine_database, REFERENCE, order):
+            calls.is_over.set()
+            await until(lambda: order_factory.row(order)["status"] == "completed", timeout_s=10)
 
 
 async def test_a_rescue_that_has_to_wait_does_not_stop_upkeep(
