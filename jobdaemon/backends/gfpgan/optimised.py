@@ -1,7 +1,7 @@
 """
 The network's computation, rewritten for speed and bit-stable results. Imports torch: import it lazily.
 
-What differs from the authors' code, while the numbers stay the same but for rounding (tests/unit/test_gfpgan_network.py):
+What differs from the authors' code, while the numbers stay the same but for rounding (tests/conformance/test_gfpgan_network.py):
 
 - The noise is the checkpoint's own, never drawn: the same face gives the same picture.
 - A modulated convolution scales its input and its output instead of making each sample a set of weights: one plain convolution
