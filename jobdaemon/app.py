@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 #: A prewarm fetches its photo within this time: an order may be waiting for its slot.
 _PREWARM_FETCH = timedelta(seconds=5)
+#: The images of a call are announced in the moment in which that call's slot is filled again. Uploads that began at once would
+#: take the processor from it, and a provider's slot is the scarcer thing: 10 % over the bound of scripts/bench/providers, else 6.
+_UPLOADS_WAIT = timedelta(milliseconds=40)
 #: Between two tries to start an embedded server that died.
 _REVIVE_S = 1.0
 
@@ -499,7 +502,8 @@ def _queue_rules(settings: Settings, providers: Mapping[str, Provider]) -> dict[
         if queue.team_size > 0:
             # An upload knows what it has stored only when it ends.
             attempt = AttemptRules(queue.run_timeout, policy, is_abortable=name != UPLOAD_QUEUE, is_paid=name in paid)
-            rules[name] = QueueRules(queue.team_size, attempt, aliases.get(name))
+            calm = _UPLOADS_WAIT if name == UPLOAD_QUEUE else timedelta(0)
+            rules[name] = QueueRules(queue.team_size, attempt, aliases.get(name), calm)
     return rules
 
 

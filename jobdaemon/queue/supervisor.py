@@ -68,11 +68,13 @@ class QueueRules:
 
     Attributes:
         keys: aliases of the provider's keys that this daemon has; None where the provider knows no keys.
+        calm: how long a job that others announce may wait here, for the sake of jobs of other queues that begin in that moment.
     """
 
     team_size: int
     attempt: AttemptRules
     keys: tuple[str, ...] | None = None
+    calm: timedelta = timedelta(0)
 
 
 class Supervisor:
@@ -140,6 +142,7 @@ class Supervisor:
                 on_lease_lost=self._heartbeat.beat_first,
                 until_lease_holds=self._until_it_may_claim,
                 keys=rules.keys,
+                calm=rules.calm,
             )
             for name, rules in queues.items()
         }

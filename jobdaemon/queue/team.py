@@ -40,9 +40,11 @@ class Team:
         on_lease_lost: Callable[[], None],
         until_lease_holds: Callable[[], Awaitable[None]],
         keys: Sequence[str] | None = None,
+        calm: timedelta = timedelta(0),
     ) -> None:
         """
         Args:
+            calm: how long what is announced may wait, see :class:`jobdaemon.queue.supervisor.QueueRules`.
             keys: aliases of the provider's keys that this daemon has; None where the provider knows no keys.
             on_lease_lost: called when the database refuses a claim before the next heartbeat.
             until_lease_holds: returns once this daemon may claim: its heartbeat is recent, and no suspect has it for itself.
@@ -59,6 +61,8 @@ class Team:
         self._until_lease_holds = until_lease_holds
         self._keys = keys
         self._opening: asyncio.TimerHandle | None = None
+        self._calm_s = calm.total_seconds()
+        self._calm: asyncio.TimerHandle | None = None
         self._is_paused = False
         self._wake = asyncio.Event()
         self._wake.set()
@@ -82,6 +86,17 @@ class Team:
     def wake(self) -> None:
         """Look for ready jobs: one was announced, or a slot is free."""
         self._wake.set()
+
+    def announced(self) -> None:
+        """Others say that a job is ready, or a slot free: look for it, once for all that is said within the calm."""
+        if not self._calm_s:
+            self.wake()
+        elif self._calm is None:
+            self._calm = asyncio.get_running_loop().call_later(self._calm_s, self._end_calm)
+
+    def _end_calm(self) -> None:
+        self._calm = None
+        self.wake()
 
     def abort(self, job_id: int) -> None:
         """Stop the attempt of this job, if it runs here and may be stopped; its end is committed as the fence decides."""
@@ -198,6 +213,8 @@ class Team:
             # What it brings now nobody would run to its end: others take it up once this daemon has stopped.
             self._claiming.cancel()
         self._ring_when_keys_open(None)
+        if self._calm is not None:
+            self._calm.cancel()
         cut = asyncio.ensure_future(cut_short.wait())
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s

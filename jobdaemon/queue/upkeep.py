@@ -121,7 +121,9 @@ class Upkeep:
                 team.abort(int(payload))
             return
         named = self._teams.get(payload)
-        if named is not None and channel in (READY_CHANNEL, CONTROL_CHANNEL):
+        if named is not None and channel == READY_CHANNEL:
+            named.announced()
+        if named is not None and channel == CONTROL_CHANNEL:
             named.wake()
         if channel in (CONTROL_CHANNEL, ""):
             self._queues_changed = True
