@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 #: A prewarm fetches its photo within this time: an order may be waiting for its slot.
 _PREWARM_FETCH = timedelta(seconds=5)
 #: The images of a call are announced in the moment in which that call's slot is filled again. Uploads that began at once would
-#: take the processor from it, and a provider's slot is the scarcer thing: 10 % over the bound of scripts/bench/providers, else 6.
-_UPLOADS_WAIT = timedelta(milliseconds=40)
+#: take the processor from it, and a provider's slot is the scarcer thing. Short of the 50 ms within which a free slot is used.
+_UPLOADS_WAIT = timedelta(milliseconds=30)
 #: Between two tries to start an embedded server that died.
 _REVIVE_S = 1.0
 

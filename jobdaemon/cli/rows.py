@@ -30,13 +30,6 @@ _KEY_COLUMNS = {"concurrency": "integer", "rate": "float8", "daily_budget": "int
 _INSERT_QUEUE = "INSERT INTO jobdaemon.queues (name) VALUES (%s) ON CONFLICT (name) DO NOTHING RETURNING name"
 #: Kind of row -> table, the columns that name it, and the type of every other that settings speak of.
 _TABLES = {"plan": ("plans", ("name",), _PLAN_COLUMNS), "key": ("provider_keys", ("provider", "alias"), _KEY_COLUMNS)}
-#: As the statement of the same name in queue/sql/jobs.sql.
-_ROWS_OF_SETTINGS = """
-SELECT 'plan', name, to_jsonb(p) || jsonb_build_object('lift_after', extract(epoch FROM lift_after)::float8,
-    'expires_after', extract(epoch FROM expires_after)::float8) FROM jobdaemon.plans p
-UNION ALL SELECT 'key', provider || '/' || alias, to_jsonb(k) FROM jobdaemon.provider_keys k
-UNION ALL SELECT 'queue', name, to_jsonb(q) FROM jobdaemon.queues q
-"""
 #: What is about to be overwritten stays as it was read until then.
 _LOCKS = (
     "SELECT FROM jobdaemon.plans ORDER BY name FOR NO KEY UPDATE",
@@ -62,7 +55,10 @@ class WrittenRows:
 
 def read_rows(connection: psycopg.Connection[Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """Every row that settings speak of too: kind and name -> column -> value as JSON has it, intervals in seconds."""
-    return {(kind, name): columns for kind, name, columns in connection.execute(_ROWS_OF_SETTINGS)}
+    from jobdaemon.queue import sql
+
+    statement = sql.load("jobs.sql")["rows_of_settings"].encode()
+    return {(kind, name): columns for kind, name, columns in connection.execute(statement)}
 
 
 def write_rows(connection: psycopg.Connection[Any], settings: Settings, *, overwrite: bool = False) -> WrittenRows:

@@ -1,5 +1,5 @@
 """
-The committer: gathers what attempts want committed and commits it in groups, one group at a time and connection.
+The committer: gathers what attempts want committed and commits it in groups, one at a time on each of its connections.
 
 While one group is being committed the next one gathers, so a busy daemon pays one commit for many jobs and an idle one commits
 at once. A commit that cannot reach the database is kept and sent again, which the fence makes safe; how many wait is bounded by

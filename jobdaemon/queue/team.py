@@ -84,7 +84,7 @@ class Team:
         return list(self._attempts.values())
 
     def wake(self) -> None:
-        """Look for ready jobs: one was announced, or a slot is free."""
+        """Look for ready jobs now: a slot is free, or an operator changed something."""
         self._wake.set()
 
     def announced(self) -> None:

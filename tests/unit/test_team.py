@@ -80,7 +80,7 @@ async def test_what_is_announced_within_the_calm_is_looked_for_once() -> None:
         await queue.was_asked()
 
 
-@pytest.mark.parametrize(("calm", "tell"), [(timedelta(0), Team.announced), (CALM * 100, Team.wake)])
+@pytest.mark.parametrize(("calm", "tell"), [(timedelta(0), Team.announced), (CALM * 1000, Team.wake)])
 async def test_without_a_calm_and_by_its_own_slots_a_team_looks_at_once(calm: timedelta, tell: Callable[[Team], None]) -> None:
     """A slot of its own that is free again waits for nothing."""
     queue = EmptyQueue()

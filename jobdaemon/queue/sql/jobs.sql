@@ -74,7 +74,7 @@ FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority int
 ON CONFLICT (name) DO NOTHING;
 
 -- name: rows_of_settings
--- Every row that settings speak of too, by kind and name; intervals in seconds. The CLI reads the same in cli/rows.py.
+-- Every row that settings speak of too, by kind and name; intervals in seconds.
 SELECT 'plan' AS kind, name, to_jsonb(p) || jsonb_build_object('lift_after', extract(epoch FROM lift_after)::float8,
     'expires_after', extract(epoch FROM expires_after)::float8) AS columns FROM jobdaemon.plans p
 UNION ALL SELECT 'key', provider || '/' || alias, to_jsonb(k) FROM jobdaemon.provider_keys k
