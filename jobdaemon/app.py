@@ -36,7 +36,7 @@ from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
 from jobdaemon.settings import Settings
 from jobdaemon.settings_generate import PhotoLink, what_shapes_images
-from jobdaemon.settings_rows import overruled, plans, provider_keys, queue_names, wanted_rows
+from jobdaemon.settings_rows import SELECT_ROWS, overruled, plans, provider_keys, queue_names, wanted_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +133,7 @@ async def ensure_rows(store: PostgresJobStore, settings: Settings, events: Event
     await store.ensure_rows(queue_names(settings), plans(settings), provider_keys(settings))
     if events is None:
         return
-    for row in differing_rows(wanted_rows(settings), await store.rows_of_settings()):
+    for row in differing_rows(wanted_rows(settings), await store.rows(SELECT_ROWS)):
         if row.named:
             events.emit(SettingsOverruled(row=row.title, reason=": ".join(overruled(row))))
 

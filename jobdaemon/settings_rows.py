@@ -13,17 +13,17 @@ from datetime import timedelta
 from jobdaemon.domain.job import BEAUTIFY_QUEUE, UPLOAD_QUEUE, generate_queue
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.plan import Plan
-from jobdaemon.domain.rows import Difference, DifferingRow, WantedRow
+from jobdaemon.domain.rows import KEY_COLUMNS, PLAN_COLUMNS, Difference, DifferingRow, WantedRow
 from jobdaemon.settings import Settings
 from jobdaemon.units import format_duration
 
-#: Columns of a plan, but for its name.
-PLAN_COLUMNS = (
-    *("images", "priority", "stage_priority", "lift_after", "expires_after"),
-    *("max_open_orders", "max_open_orders_per_customer", "prompts", "provider"),
-)
-#: An operator may change a key's limits; all else in its row is the engine's.
-KEY_COLUMNS = ("concurrency", "rate", "daily_budget")
+#: Selects every row that settings speak of too, by kind and name; intervals in seconds, as ``differing_rows`` wants them.
+SELECT_ROWS = """
+SELECT 'plan' AS kind, name, to_jsonb(p) || jsonb_build_object('lift_after', extract(epoch FROM lift_after)::float8,
+    'expires_after', extract(epoch FROM expires_after)::float8) AS columns FROM jobdaemon.plans p
+UNION ALL SELECT 'key', provider || '/' || alias, to_jsonb(k) FROM jobdaemon.provider_keys k
+UNION ALL SELECT 'queue', name, to_jsonb(q) FROM jobdaemon.queues q
+"""
 _EXCERPT = 40
 
 

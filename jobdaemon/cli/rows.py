@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jobdaemon.domain.rows import KEY_COLUMNS, PLAN_COLUMNS
 from jobdaemon.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -14,22 +15,9 @@ if TYPE_CHECKING:
     from jobdaemon.domain.rows import DifferingRow, WantedRow
     from jobdaemon.settings import Settings
 
-#: Column -> type of what the settings say of a plan, but for its name.
-_PLAN_COLUMNS = {
-    "images": "integer",
-    "priority": "integer",
-    "stage_priority": "jsonb",
-    "lift_after": "interval",
-    "expires_after": "interval",
-    "max_open_orders": "integer",
-    "max_open_orders_per_customer": "integer",
-    "prompts": "text[]",
-    "provider": "text",
-}
-_KEY_COLUMNS = {"concurrency": "integer", "rate": "float8", "daily_budget": "integer"}
 _INSERT_QUEUE = "INSERT INTO jobdaemon.queues (name) VALUES (%s) ON CONFLICT (name) DO NOTHING RETURNING name"
 #: Kind of row -> table, the columns that name it, and the type of every other that settings speak of.
-_TABLES = {"plan": ("plans", ("name",), _PLAN_COLUMNS), "key": ("provider_keys", ("provider", "alias"), _KEY_COLUMNS)}
+_TABLES = {"plan": ("plans", ("name",), PLAN_COLUMNS), "key": ("provider_keys", ("provider", "alias"), KEY_COLUMNS)}
 #: What is about to be overwritten stays as it was read until then.
 _LOCKS = (
     "SELECT FROM jobdaemon.plans ORDER BY name FOR NO KEY UPDATE",
@@ -55,10 +43,9 @@ class WrittenRows:
 
 def read_rows(connection: psycopg.Connection[Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """Every row that settings speak of too: kind and name -> column -> value as JSON has it, intervals in seconds."""
-    from jobdaemon.queue import sql
+    from jobdaemon.settings_rows import SELECT_ROWS
 
-    statement = sql.load("jobs.sql")["rows_of_settings"].encode()
-    return {(kind, name): columns for kind, name, columns in connection.execute(statement)}
+    return {(kind, name): columns for kind, name, columns in connection.execute(SELECT_ROWS)}
 
 
 def write_rows(connection: psycopg.Connection[Any], settings: Settings, *, overwrite: bool = False) -> WrittenRows:

@@ -14,6 +14,21 @@ from typing import Any, Literal
 
 RowKind = Literal["plan", "key", "queue"]
 
+#: Column -> SQL type of what the settings say of a plan, but for its name.
+PLAN_COLUMNS = {
+    "images": "integer",
+    "priority": "integer",
+    "stage_priority": "jsonb",
+    "lift_after": "interval",
+    "expires_after": "interval",
+    "max_open_orders": "integer",
+    "max_open_orders_per_customer": "integer",
+    "prompts": "text[]",
+    "provider": "text",
+}
+#: The same of a provider key: an operator may change its limits; all else in its row is the engine's.
+KEY_COLUMNS = {"concurrency": "integer", "rate": "float8", "daily_budget": "integer"}
+
 
 @dataclass(frozen=True, slots=True)
 class WantedRow:

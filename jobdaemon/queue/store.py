@@ -291,10 +291,10 @@ class PostgresJobStore:
             if rows := [asdict(key) for key in keys]:
                 await connection.execute(_JOBS["ensure_keys"], json.dumps(rows))
 
-    async def rows_of_settings(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Every row that settings speak of too: kind (plan, key, queue) and name -> column -> value as JSON has it."""
+    async def rows(self, statement: str) -> dict[tuple[str, str], dict[str, Any]]:
+        """What *statement* selects as kind, name and columns: kind and name -> column -> value as JSON has it."""
         async with self._upkeep.use() as connection:
-            records = await connection.fetch(_JOBS["rows_of_settings"])
+            records = await connection.fetch(statement)
         return {(record["kind"], record["name"]): json.loads(record["columns"]) for record in records}
 
     async def heartbeat(

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from jobdaemon.cli.rows import _KEY_COLUMNS, _PLAN_COLUMNS
 from jobdaemon.domain.rows import DifferingRow, differing_rows
 from jobdaemon.settings import load_settings
-from jobdaemon.settings_rows import KEY_COLUMNS, PLAN_COLUMNS, cure_of, instead_of_defaults, overruled, wanted_rows
+from jobdaemon.settings_rows import cure_of, instead_of_defaults, overruled, wanted_rows
 
 FREE, PRO = ("plan", "Free"), ("plan", "Pro")
 Rows = dict[tuple[str, str], dict[str, Any]]
@@ -111,9 +110,3 @@ def test_prompts_are_told_by_their_number_and_the_first_that_differs(tmp_path: P
     assert told.startswith(
         'prompts is 1 prompt with "An old one", not 1 prompt with "A new one for all, in the best light the…" as'
     )
-
-
-def test_the_cli_writes_the_columns_that_the_settings_speak_of() -> None:
-    """A column that is compared can be overwritten."""
-    assert set(PLAN_COLUMNS) == set(_PLAN_COLUMNS)
-    assert set(KEY_COLUMNS) == set(_KEY_COLUMNS)

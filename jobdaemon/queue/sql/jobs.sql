@@ -73,13 +73,6 @@ FROM jsonb_to_recordset($1::jsonb) AS p (name text, images integer, priority int
     expires_after_s float8, max_open_orders integer, max_open_orders_per_customer integer, prompts text[], provider text)
 ON CONFLICT (name) DO NOTHING;
 
--- name: rows_of_settings
--- Every row that settings speak of too, by kind and name; intervals in seconds.
-SELECT 'plan' AS kind, name, to_jsonb(p) || jsonb_build_object('lift_after', extract(epoch FROM lift_after)::float8,
-    'expires_after', extract(epoch FROM expires_after)::float8) AS columns FROM jobdaemon.plans p
-UNION ALL SELECT 'key', provider || '/' || alias, to_jsonb(k) FROM jobdaemon.provider_keys k
-UNION ALL SELECT 'queue', name, to_jsonb(q) FROM jobdaemon.queues q;
-
 -- name: claim
 -- Up to $3 ready jobs of one queue, under one token; with keys $4, a last row without a job may say when they open. How the circuit
 -- was before: this statement sees nothing of what the function does.
