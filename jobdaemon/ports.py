@@ -155,6 +155,15 @@ class Charged:
 
 
 @dataclass(frozen=True, slots=True)
+class CallDone:
+    """
+    The provider has done all that this request asks of it, and is asked for nothing more: its slot is free for the next call.
+
+    What it made may still have to be fetched. Never followed by :class:`Submitting`.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class TaskOver:
     """
     The provider will give nothing more for this call (failed, expired, forgotten): a later attempt has to buy anew.
@@ -182,7 +191,7 @@ class ImageRefused:
     reason: str
 
 
-ProviderEvent = Submitting | TaskAccepted | Charged | TaskOver | ImageMade | ImageRefused
+ProviderEvent = Submitting | TaskAccepted | Charged | CallDone | TaskOver | ImageMade | ImageRefused
 
 
 OnUnknownSubmit = Literal["retry", "fail"]
@@ -333,6 +342,10 @@ class Attempt(Protocol):
         Args:
             instead: asked once the attempt has failed.
         """
+        ...
+
+    def free_slot(self) -> None:
+        """Whom this attempt works for has done its part: another job may take the slot, while this one keeps what came of it."""
         ...
 
     async def checkpoint(self, *writes: Write) -> None:

@@ -203,6 +203,9 @@ class FakeAttempt:
     def if_given_up(self, instead: Callable[[], Move | Settle | None]) -> None:
         self.instead = instead
 
+    def free_slot(self) -> None:
+        """Nobody waits for it."""
+
     async def checkpoint(self, *writes: Write) -> None:
         for write in writes:
             if self.lost_after is not None and len(self.checkpoints) >= self.lost_after:

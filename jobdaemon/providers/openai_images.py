@@ -23,6 +23,7 @@ from jobdaemon.domain.artifact import EXTENSIONS
 from jobdaemon.errors import KeyMissingError, ProviderUnavailableError, SettingsError, StoreRefusedError, StoreUnavailableError
 from jobdaemon.http import MAX_RETRY_AFTER, Answer, GuardedClient
 from jobdaemon.ports import (
+    CallDone,
     Charged,
     GenerateRequest,
     ImageMade,
@@ -159,6 +160,8 @@ class OpenAIImagesProvider:
                 raise
             answer = replace(answer, content=answer.content or inline.rest())
             found = images_in(answer, secret=key)
+            if len(found) >= len(waiting):
+                yield CallDone()
             yield Charged(len(found), usage_in(answer))
             expires_at = None if self._link_lifetime is None else asked_at + self._link_lifetime
             broken: ProviderUnavailableError | None = None

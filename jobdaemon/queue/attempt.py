@@ -55,11 +55,14 @@ class AttemptRules:
 class RunningAttempt:
     """What a stage sees of its attempt (ports.Attempt)."""
 
-    def __init__(self, job: Job, committer: Committer, events: Events, *, attempts: int) -> None:
+    def __init__(
+        self, job: Job, committer: Committer, events: Events, *, attempts: int, on_slot_free: Callable[[], None] = lambda: None
+    ) -> None:
         """
         Args:
             attempts: how many the job gets.
         """
+        self._on_slot_free = on_slot_free
         self._job = job
         self._committer = committer
         self._events = events
@@ -79,6 +82,10 @@ class RunningAttempt:
     def if_given_up(self, instead: Callable[[], Move | Settle | None]) -> None:
         """What to do with the job rather than give it up, should this attempt fail and be the last."""
         self.instead = instead
+
+    def free_slot(self) -> None:
+        """Another job may take the slot; this one goes on."""
+        self._on_slot_free()
 
     async def checkpoint(self, *writes: Write) -> None:
         """Commit *writes* now; LeaseLostError when the job is not ours to work on any more, OrderEndedError for its order."""
@@ -117,21 +124,24 @@ class AttemptRunner:
         self._is_sure = is_sure
         self._solitude = Solitude(events) if solitude is None else solitude
 
-    async def run(self, job: Job, rules: AttemptRules) -> None:
+    async def run(self, job: Job, rules: AttemptRules, *, on_slot_free: Callable[[], None] = lambda: None) -> None:
         """
         Run one attempt to its committed end.
 
         A cancellation while the stage runs hands the job back unspent; one while the end is being committed is obeyed after it.
+
+        Args:
+            on_slot_free: called when the attempt goes on without its slot.
         """
         with ExitStack() as company:
-            await self._run(job, rules, company)
+            await self._run(job, rules, company, on_slot_free)
 
-    async def _run(self, job: Job, rules: AttemptRules, company: ExitStack) -> None:
+    async def _run(self, job: Job, rules: AttemptRules, company: ExitStack, on_slot_free: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         self._events.emit(JobStarted(job_id=job.id, queue=job.queue, task=job.task, attempt=job.attempt, order_id=job.order_id))
         done = Done()
-        attempt = RunningAttempt(job, self._committer, self._events, attempts=rules.retry.attempts)
+        attempt = RunningAttempt(job, self._committer, self._events, attempts=rules.retry.attempts, on_slot_free=on_slot_free)
         try:
             await self._solitude.join(job)
             company.callback(self._solitude.leave, job)

@@ -393,6 +393,20 @@ class PostgresJobStore:
             self._on_probe(queue)
         return records
 
+    async def free_slots(self, jobs: Sequence[Job]) -> set[int]:
+        """
+        These running jobs hold no slot of any limit any more: the provider has done what they asked of it.
+
+        Returns:
+            Ids of those that were still this daemon's to speak for.
+
+        Raises:
+            RowsLockedError: somebody has held one of the rows for a second.
+        """
+        async with self._claims.use() as connection:
+            records = await connection.fetch(_JOBS["free_slots"], [job.id for job in jobs], [job.token for job in jobs])
+        return {record["id"] for record in records}
+
     async def promote(self, limit: int = 1000) -> Promoted:
         """Let due jobs in, and look at the clock for what comes next."""
         async with self._upkeep.use() as connection:

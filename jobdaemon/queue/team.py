@@ -2,7 +2,8 @@
 A team: the workers of one queue in one daemon. Its loop is capacity -> claim -> start attempts.
 
 It claims as many jobs as it has free slots, never more: a prefetched job would break priority and hold a slot of the cluster
-limit while it does nothing.
+limit while it does nothing. An attempt may go on without its slot, once whom it works for has done its part: the next call begins
+while the images of the last one are being kept. There are never more of those than slots.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 
 from jobdaemon.domain.job import Job
-from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError
+from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
 from jobdaemon.events import Events, UpkeepFailed
 from jobdaemon.queue.attempt import AttemptRules, AttemptRunner
 from jobdaemon.queue.store import PostgresJobStore
@@ -68,6 +69,9 @@ class Team:
         self._wake.set()
         self._claiming: asyncio.Future[None] | None = None
         self._attempts: dict[asyncio.Task[None], Job] = {}
+        #: Of these, those that need their slot no more; and those of which the database knows it, which hold none.
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._left: set[asyncio.Task[None]] = set()
         #: Of the claim that is under way: jobs (id, token) that it was given and that were handed back before its answer came.
         self._disowned: set[tuple[int, int | None]] = set()
         #: When the loop last went round, by the event loop's clock; for the watchdog.
@@ -148,10 +152,13 @@ class Team:
             self._wake.clear()
             self.last_turn_s = loop.time()
             await self._until_lease_holds()
-            free = self.size - len(self._attempts)
-            if free <= 0:
-                continue
             try:
+                # A slot that this team would not use stays its attempt's until that ends: then others are told.
+                if self._leaving and self._room > 0:
+                    await self._free_slots()
+                free = min(self.size - len(self._attempts) + len(self._left), self._room)
+                if free <= 0:
+                    continue
                 # Shielded: a claim that is under way when the daemon stops must not lose the jobs it got.
                 self._claiming = asyncio.ensure_future(self._claim(free))
                 await asyncio.shield(self._claiming)
@@ -167,6 +174,20 @@ class Team:
     async def _rest(self) -> None:
         await asyncio.sleep(_REST_AFTER_ERROR_S)
         self.wake()
+
+    @property
+    def _room(self) -> int:
+        """How many attempts more there may be, whether they hold slots or not."""
+        return 2 * self.size - len(self._attempts)
+
+    async def _free_slots(self) -> None:
+        leaving = {task: self._attempts[task] for task in self._leaving}
+        try:
+            freed = await self._store.free_slots(list(leaving.values()))
+        except RowsLockedError:
+            freed = set()  # their ends will free them
+        self._leaving -= leaving.keys()
+        self._left |= {task for task, job in leaving.items() if job.id in freed and task in self._attempts}
 
     async def _claim(self, free: int) -> None:
         self._disowned.clear()  # a new claim has a new token
@@ -189,13 +210,23 @@ class Team:
             self._opening = asyncio.get_running_loop().call_later(opens_in.total_seconds() + _TIMER_SLACK_S, self.wake)
 
     def _start(self, job: Job) -> None:
-        task = asyncio.get_running_loop().create_task(self._runner.run(job, self._rules), name=f"job {job.id}")
+        running = self._runner.run(job, self._rules, on_slot_free=lambda: self._leave(task))
+        task = asyncio.get_running_loop().create_task(running, name=f"job {job.id}")
         self._attempts[task] = job
         task.add_done_callback(self._ended)
 
+    def _leave(self, task: asyncio.Task[None]) -> None:
+        if task in self._attempts and task not in self._left:
+            self._leaving.add(task)
+            self.wake()
+
     def _ended(self, task: asyncio.Task[None]) -> None:
+        # The slot of one that left was looked after when it did.
+        if task not in self._left or self._room <= 0:
+            self.wake()
         self._attempts.pop(task, None)
-        self.wake()
+        self._leaving.discard(task)
+        self._left.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._events.emit(UpkeepFailed(error=f"attempt in {self.queue}: {type(error).__name__}: {error}"))
 

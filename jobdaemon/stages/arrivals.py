@@ -1,8 +1,8 @@
 """
-Images that arrived, on their way into the store and the database: the provider's slot is ours until the last one is in.
+Images that arrived, on their way into the store and the database.
 
 They are stored side by side, and whatever is stored at one moment is committed together; what is stored when nothing more is to
-come goes with the attempt's end. A commit of its own for each would have the next call of the slot wait for all of them in turn.
+come goes with the attempt's end. A commit of its own for each would have all that wants to be committed wait for them in turn.
 """
 
 from __future__ import annotations

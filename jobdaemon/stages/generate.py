@@ -25,6 +25,7 @@ from jobdaemon.errors import InvalidOrderError, ProviderUnavailableError, StoreU
 from jobdaemon.ports import (
     ArtifactStore,
     Attempt,
+    CallDone,
     Charged,
     GenerateRequest,
     ImageMade,
@@ -34,6 +35,8 @@ from jobdaemon.ports import (
     OrderRow,
     Provider,
     Submitting,
+    TaskAccepted,
+    TaskOver,
 )
 from jobdaemon.spool import Spool
 from jobdaemon.stages.arrivals import Arrivals
@@ -99,13 +102,8 @@ class GenerateStage:
             async with Arrivals(attempt, lambda: () if missing else call.ends("succeeded")) as arrivals:
                 async with aclosing(provider.generate(request)) as events:
                     async for event in events:
-                        if isinstance(event, Submitting):
-                            await asyncio.to_thread(self._require_room, len(missing))
                         if not isinstance(event, ImageMade | ImageRefused):
-                            # The rows of images name the call that is open when they are written.
-                            if not isinstance(event, Charged):
-                                await arrivals.all_noted()
-                            await call.note(event, missing)
+                            await self._note(event, attempt, call, arrivals, missing)
                         # A resumed call tells of all its images, of those too that arrived before.
                         elif missing.pop(event.index, None) is not None:
                             arrivals.take(self._arrived(event, attempt, order, provider.name, call))
@@ -118,6 +116,25 @@ class GenerateStage:
             await call.close("partial" if len(missing) < len(request.images) else "failed")
             raise ProviderUnavailableError(f"{provider.name} sent no image for number {', '.join(map(str, sorted(missing)))}")
         return Done(writes=(*last, *call.ends("succeeded")))
+
+    async def _note(
+        self,
+        event: Submitting | TaskAccepted | Charged | CallDone | TaskOver,
+        attempt: Attempt,
+        call: CallRecord,
+        arrivals: Arrivals,
+        missing: Collection[int],
+    ) -> None:
+        """What happened to the call itself."""
+        if isinstance(event, CallDone):
+            attempt.free_slot()
+            return
+        if isinstance(event, Submitting):
+            await asyncio.to_thread(self._require_room, len(missing))
+        if not isinstance(event, Charged):
+            # The rows of images name the call that is open when they are written.
+            await arrivals.all_noted()
+        await call.note(event, missing)
 
     def _provider(self, name: str) -> Provider:
         provider = self._providers.get(name)

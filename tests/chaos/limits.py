@@ -78,8 +78,8 @@ class Figures:
         at_limit: starts that filled the limit.
         apart: calls of daemons frozen beyond their lease, that nobody judges.
         made_again: images paid for twice.
-        used_share: running jobs as a share of the limit, 0.0 to 1.0, on average while jobs were ready; what a dead or frozen
-            daemon holds counts as running.
+        used_share: jobs that hold a slot as a share of the limit, 0.0 to 1.0, on average while jobs were ready; what a dead or
+            frozen daemon holds counts.
     """
 
     starts: int = 0

@@ -67,7 +67,9 @@ class Generate:
         if not missing:
             return Done()
         call = {"queue": job.queue, "order_id": order_id, "images": missing, "daemon": self.name, "job_id": job.id}
-        for image in (await self._call(call | {"token": job.token}))["images"]:
+        answer = await self._call(call | {"token": job.token})
+        attempt.free_slot()
+        for image in answer["images"]:
             index = image["index"]
             then = (upload_job(order_id, job.priority, index),)
             await attempt.checkpoint(ImageGenerated(order_id, index, "local", f"artifact:{image['digest']}", then=then))

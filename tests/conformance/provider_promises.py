@@ -32,6 +32,7 @@ from jobdaemon.errors import (
 )
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
+    CallDone,
     Charged,
     GenerateRequest,
     ImageMade,
@@ -79,11 +80,12 @@ Make = Callable[[Bench], Provider]
 
 @dataclass(slots=True)
 class Outcome:
-    """What one call came to; what it was charged for stands apart from what happened."""
+    """What one call came to; what it was charged for, and when its slot was free, stand apart from what happened."""
 
     events: list[ProviderEvent] = field(default_factory=list)
     error: JobdaemonError | None = None
     charged: int = 0
+    done_after: list[int] = field(default_factory=list)
 
     @property
     def made(self) -> list[ImageMade]:
@@ -131,6 +133,8 @@ async def outcome(provider: Provider, request: GenerateRequest) -> Outcome:
             async for event in events:
                 if isinstance(event, Charged):
                     seen.charged += event.images
+                elif isinstance(event, CallDone):
+                    seen.done_after.append(len(seen.events))
                 else:
                     seen.events.append(event)
     except JobdaemonError as error:
@@ -256,6 +260,20 @@ class EveryService:
         assert service.bought() == len(request.images)
         await until(lambda: service.open_slots() == 0, timeout_s=5)
 
+    async def test_its_slot_is_free_once_nothing_more_is_asked_for(self, service: Service) -> None:
+        """A call says once that the service has done its part: after it holds a slot there no more, and before its images."""
+        done: list[int] = []
+        async with aclosing(service.provider.generate(wanted(service.provider))) as events:
+            kinds: list[type[ProviderEvent]] = []
+            async for event in events:
+                if isinstance(event, CallDone):
+                    done.append(len(kinds))
+                    await until(lambda: service.open_slots() == 0, timeout_s=5)
+                kinds.append(type(event))
+        assert len(done) == 1
+        assert {Submitting, TaskAccepted}.isdisjoint(kinds[done[0] :])
+        assert {ImageMade, ImageRefused}.isdisjoint(kinds[: done[0]])
+
     async def test_what_was_bought_is_told(self, service: Service) -> None:
         """Where calls cost money the answer's own count of images is told, and it is the service's."""
         seen = await outcome(service.provider, wanted(service.provider))
@@ -279,6 +297,7 @@ class EveryService:
         assert second.error is None
         assert sorted(second.answered) == indexes(request)
         assert not [event for event in second.events if isinstance(event, Submitting)]
+        assert len(second.done_after) == 1
         assert service.bought() == len(request.images)
 
     async def test_resuming_never_buys(self, service: Service) -> None:

@@ -30,7 +30,7 @@ from jobdaemon.errors import (
     SettingsError,
 )
 from jobdaemon.http import GuardedClient
-from jobdaemon.ports import GenerateRequest, ImageMade, ProviderCall, ProviderEvent, Submitting, TaskAccepted
+from jobdaemon.ports import CallDone, GenerateRequest, ImageMade, ProviderCall, ProviderEvent, Submitting, TaskAccepted
 from jobdaemon.providers.comfyui import ComfyUIProvider
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings_generate import ComfyUISettings
@@ -87,7 +87,8 @@ async def _seen(provider: ComfyUIProvider, request: GenerateRequest) -> Seen:
     try:
         async with aclosing(provider.generate(request)) as events:
             async for event in events:
-                seen.events.append(event)
+                if not isinstance(event, CallDone):
+                    seen.events.append(event)
     except JobdaemonError as error:
         seen.error = error
     return seen

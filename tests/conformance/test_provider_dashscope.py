@@ -34,6 +34,7 @@ from jobdaemon.errors import (
 )
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
+    CallDone,
     Charged,
     GenerateRequest,
     ImageMade,
@@ -117,7 +118,7 @@ async def outcome(provider: DashScopeProvider, request: GenerateRequest) -> Outc
     try:
         async with aclosing(provider.generate(request)) as events:
             async for event in events:
-                if not isinstance(event, Charged):
+                if not isinstance(event, Charged | CallDone):
                     seen.events.append(event)
     except JobdaemonError as error:
         seen.error = error

@@ -29,6 +29,7 @@ from jobdaemon.errors import (
 )
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.ports import (
+    CallDone,
     Charged,
     GenerateRequest,
     ImageMade,
@@ -458,7 +459,7 @@ async def test_polls_get_over_what_goes_wrong(make: Make, sandbox: Sandbox) -> N
     sandbox.behaviour.faults = parse_faults("429=0.4,500=0.02,html=0.02,reset=0.02", seed=5)
 
     async def rest(stream: AsyncGenerator[ProviderEvent, None]) -> list[ProviderEvent]:
-        return [event async for event in stream if not isinstance(event, Charged)]
+        return [event async for event in stream if not isinstance(event, Charged | CallDone)]
 
     made = await asyncio.gather(*map(rest, streams))
     assert [[type(event) for event in events] for events in made] == [[ImageMade]] * 8

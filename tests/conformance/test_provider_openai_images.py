@@ -294,6 +294,7 @@ async def test_fewer_images_than_asked_are_followed_by_a_call_for_the_rest(sandb
     assert seen.error is None
     # 5 asked, 2 made; 3 asked, 1 made; 2 asked, 1 made; 1 asked, 1 made.
     assert ["S" if isinstance(event, Submitting) else "I" for event in seen.events] == list("SIISISISI")
+    assert seen.done_after == [8], "its slot was free before its last call was over"
     assert seen.answered == indexes(request)
     assert report(sandbox)["images_bought"] == 5
 

@@ -94,6 +94,7 @@ class RefJob:
     worker: int | None = None
     image: str = "pending"
     is_cancelled: bool = False
+    has_left: bool = False  # it runs, and holds no slot
     is_forfeit: bool = False  # its daemon is silent beyond its lease
 
 
@@ -107,7 +108,7 @@ class Reference:
 
     def next_jobs(self, asked: int) -> list[int]:
         """What a claim should get: the oldest ready jobs, no more than the limit allows."""
-        running = sum(job.status == "doing" for job in self.jobs.values())
+        running = sum(job.status == "doing" and not job.has_left for job in self.jobs.values())
         most = asked if self.limit is None else min(asked, max(self.limit - running, 0))
         return sorted(job_id for job_id, job in self.jobs.items() if job.status == "todo")[:most]
 
@@ -115,7 +116,7 @@ class Reference:
         """The job runs under this worker."""
         job = self.jobs[job_id]
         assert job.status == "todo", "a job was claimed that does not wait"
-        job.status, job.worker, job.token, job.is_forfeit = "doing", worker, token, False
+        job.status, job.worker, job.token, job.is_forfeit, job.has_left = "doing", worker, token, False, False
 
     def committed(self, transition: Transition, *, is_late: bool) -> Verdict:
         """Apply what should apply, where *is_late* not a rescue; the verdict that should come."""
@@ -222,6 +223,21 @@ class EngineMachine(RuleBasedStateMachine):
             {"order_id": self.reference.jobs[job_id].order_id, "images": [1]},
             token=token,
         )
+
+    @precondition(lambda self: self.claimed)
+    @rule(pick=st.integers(0, 40), comes_back=st.booleans())
+    def free_slot(self, pick: int, comes_back: bool) -> None:
+        """
+        The provider has done its part, whatever became of the job since; and if what was made could not be kept, the job waits
+        again, to hold a slot once more when it is claimed.
+        """
+        job = self.claimed[-1 - pick % len(self.claimed)]
+        row = self.reference.jobs[job.id]
+        is_held = row.status == "doing" and row.token == job.token
+        assert self.run_(self.bench.store.free_slots([job])) == ({job.id} if is_held else set())
+        row.has_left |= is_held
+        if comes_back:
+            self._commit([Transition(job, End.RETRY, error="why")])
 
     # Commits
 
@@ -393,6 +409,7 @@ MISTAKES = {
     "no lock": ("claim_jobs", "PERFORM pg_advisory_xact_lock(1784835684, v_queue.id);", ""),
     "one token for all": ("claim_jobs", "nextval('attempt_token_seq')", "7"),
     "no limit": ("queue_capacity", "p_queue.cluster_limit - v_running", "p_queue.cluster_limit"),
+    "slots free for ever": ("queue_capacity", "(j.released_token = j.token) IS NOT TRUE", "j.released_token IS NULL"),
     "slots freed by silence": (
         "queue_capacity",
         "j.status = 'doing'",
@@ -413,4 +430,4 @@ def test_the_machine_finds_mistakes(bench: Bench, mistake: str) -> None:
     assert text in row["text"]
     bench.sql.execute(row["text"].replace(text, instead).replace("LEASE", "interval '1 minute'").encode())
     with pytest.raises(AssertionError):
-        drive(bench, runs=25)
+        drive(bench, runs=60)

@@ -11,7 +11,7 @@ from tests.factories import Claimed, Jobs, Orders, Row, Sql
 
 COLUMNS = {
     "queue_depth": "queue, ready, scheduled, running, failed, oldest_ready_seconds, paused, team_size, cluster_limit, "
-    "adaptive_limit, circuit",
+    "adaptive_limit, circuit, finishing",
     "order_progress": "order_id, customer, plan, status, images_total, images_stored, images_failed, progress, created_at, "
     "first_image_at, finished_at, waiting_for",
     "keys": "provider, alias, running, concurrency, rate, daily_budget, spent_today, rested_until, rest_reason, paused",

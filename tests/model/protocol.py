@@ -98,6 +98,8 @@ class Rules:
         guards_rows: a write applies only to a row that is still in the state it starts from.
         counts_under_lock: what runs is counted under the queue's lock, held until the claim has committed.
         counts_jobs: what runs is counted in the jobs; else in a table of leases that the engine's own ends clear.
+        frees_early: a slot may be free before the call of its attempt is over.
+        mark_is_the_claims: that a slot is free is said of one claim; else of the job, whoever claims it.
         releases_by_timer: a slot is free once its claim is older than the lease, whatever its daemon does.
         asks_for_lease: when it is asked how long a daemon that wants jobs was silent: IN the claim itself, under the lock; BEFORE
             it is sent; NEVER.
@@ -114,6 +116,8 @@ class Rules:
     guards_rows: bool = True
     counts_under_lock: bool = True
     counts_jobs: bool = True
+    frees_early: bool = False
+    mark_is_the_claims: bool = True
     releases_by_timer: bool = False
     asks_for_lease: str = IN
     asks_for_steadiness: str = IN
@@ -155,7 +159,12 @@ def _ruled(end: End, status: str, holds: bool, is_cancelled: bool, has_beaten: b
 
 @dataclass(frozen=True)
 class World:
-    """How large the model is, what may happen to it, and by which rules it plays; see the module docstring."""
+    """
+    How large the model is, what may happen to it, and by which rules it plays; see the module docstring.
+
+    Attributes:
+        leaves: attempts may go on without their slots once their calls are over.
+    """
 
     daemons: int = 2
     jobs: int = 2
@@ -163,6 +172,7 @@ class World:
     limits: tuple[int, ...] = (1,)
     mishaps: Mishaps = NO_MISHAPS
     rules: Rules = AS_BUILT
+    leaves: bool = False
 
     def first(self) -> State:
         """All is well and all work waits; the first of the limits is in force."""
@@ -192,6 +202,8 @@ class World:
                 if mode in (ALIVE, CUT_OFF):
                     yield from self._attempt_goes_on(state, place, index)
                 if mode == ALIVE and state.is_up:
+                    if self.leaves:
+                        yield from self._slot_left(state, place, index)
                     yield from self._commits(state, place, index)
 
     # Time, and what stands still
@@ -284,10 +296,10 @@ class World:
                 after = state._replace(left=left._replace(operators=left.operators - 1))
                 if not self.rules.counts_jobs:
                     after = after._replace(leaked=after.leaked + 1)
-                again = job._replace(status=TODO, worker=NOBODY, is_forfeit=False)
+                again = self._unmarked(job._replace(status=TODO, worker=NOBODY, is_forfeit=False))
                 yield Step(f"an operator puts job {place} of a dead daemon back by stock means", with_job(after, place, again))
 
-    # The claim: migrations 0005, 0012 and 0017, Team.run
+    # The claim: migrations 0012, 0017 and 0021, Team.run
 
     def _claim_begins(self, state: State, number: int) -> Iterator[Step[State]]:
         daemon = state.daemons[number]
@@ -356,13 +368,16 @@ class World:
 
     def _running(self, state: State) -> int:
         running = sum(
-            job.status == DOING and not (self.rules.releases_by_timer and job.claimed_ago > LEASE) for job in state.jobs
+            job.status == DOING and not job.has_left and not (self.rules.releases_by_timer and job.claimed_ago > LEASE)
+            for job in state.jobs
         )
         return running + state.leaked
 
     def _free_slots(self, state: State, number: int) -> int:
         return self.slots - sum(
-            attempt.daemon == number and attempt.phase not in (LATE, *RESCUES) for job in state.jobs for attempt in job.attempts
+            attempt.daemon == number and attempt.phase not in (LATE, *RESCUES) and not (job.has_left and attempt.holds)
+            for job in state.jobs
+            for attempt in job.attempts
         )
 
     # An attempt: jobdaemon/queue/attempt.py, jobdaemon/stages/generate.py
@@ -388,6 +403,18 @@ class World:
             elif state.left.hand_backs:
                 left = state.left._replace(hand_backs=state.left.hand_backs - 1)
                 yield Step(f"{name}: the attempt is cut short", cut._replace(left=left))
+
+    def _slot_left(self, state: State, place: int, index: int) -> Iterator[Step[State]]:
+        """Its call is over, and its slot another's; it goes on: Team, the statement ``free_slots``."""
+        job = state.jobs[place]
+        attempt = job.attempts[index]
+        is_over = attempt.phase in (MADE, ENDING) or (self.rules.frees_early and attempt.phase == CALLING)
+        if is_over and attempt.holds and job.status == DOING and not job.has_left:
+            yield Step(f"d{attempt.daemon}, job {place}: its slot is free", with_job(state, place, job._replace(has_left=True)))
+
+    def _unmarked(self, job: Job) -> Job:
+        """Whoever claims it next has another token."""
+        return job._replace(has_left=False) if self.rules.mark_is_the_claims else job
 
     @staticmethod
     def _judged(state: State, attempt: Attempt) -> str | None:
@@ -422,12 +449,11 @@ class World:
         has_beaten = self.rules.asks_again and attempt.phase == FORESTALLED
         return _ruled(end, status, holds, job.is_cancelled, has_beaten)
 
-    @staticmethod
-    def _applied(job: Job, end: End, ruled: Applied) -> Job:
+    def _applied(self, job: Job, end: End, ruled: Applied) -> Job:
         if ruled.writes:
             job = job._replace(has_image=True)
         if ruled.status:
-            job = job._replace(status=ruled.status, worker=NOBODY, is_forfeit=False, claimed_ago=0)
+            job = self._unmarked(job._replace(status=ruled.status, worker=NOBODY, is_forfeit=False, claimed_ago=0))
             if end is End.INTERRUPTED:
                 # A rescue forgets the token; every other end leaves it in the row.
                 job = job._replace(attempts=tuple(other._replace(holds=False) for other in job.attempts))

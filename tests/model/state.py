@@ -82,6 +82,7 @@ class Job(NamedTuple):
         has_image: what it makes is recorded.
         is_forfeit: its daemon was frozen or cut off beyond its lease and has not beaten since: others may take it.
         claimed_ago: intervals since the claim; only kept where a timer releases slots.
+        has_left: its row says that its call is over and its slot free.
     """
 
     status: str = TODO
@@ -90,6 +91,7 @@ class Job(NamedTuple):
     has_image: bool = False
     is_forfeit: bool = False
     claimed_ago: int = 0
+    has_left: bool = False
     attempts: tuple[Attempt, ...] = ()
 
 

@@ -43,6 +43,12 @@ WORLDS = {
     "limits, three jobs, a hand-back, a cancelled order": World(
         jobs=3, limits=(1, 2), mishaps=Mishaps(limit_changes=2, hand_backs=1, cancels=1)
     ),
+    "slots left early, a freeze": World(mishaps=Mishaps(freezes=1), leaves=True),
+    "slots left early, a crash, a leap of the clock": World(mishaps=Mishaps(crashes=1, leaps=1), leaves=True),
+    "slots left early, an outage, a claim held up": World(mishaps=Mishaps(outages=1, held_claims=1), leaves=True),
+    "slots left early, limits, three jobs, a hand-back, a cancelled order": World(
+        jobs=3, limits=(1, 2), mishaps=Mishaps(limit_changes=2, hand_backs=1, cancels=1), leaves=True
+    ),
 }
 #: The same with more at once; minutes, not seconds.
 LARGE_WORLDS = {
@@ -53,6 +59,16 @@ LARGE_WORLDS = {
     "a freeze, an outage, a claim held up": World(mishaps=Mishaps(freezes=1, outages=1, held_claims=1)),
     "a freeze, an outage, a leap of the clock": World(mishaps=Mishaps(freezes=1, outages=1, leaps=1)),
     "a freeze, a lost answer, three jobs": World(jobs=3, mishaps=Mishaps(freezes=1, lost_answers=1)),
+    "slots left early, a freeze, a lost answer": World(mishaps=Mishaps(freezes=1, lost_answers=1), leaves=True),
+    "slots left early, a freeze, an outage": World(mishaps=Mishaps(freezes=1, outages=1), leaves=True),
+    "slots left early, a freeze, a cancelled order": World(mishaps=Mishaps(freezes=1, cancels=1), leaves=True),
+    "slots left early, a daemon cut off, a lost answer": World(mishaps=Mishaps(cuts=1, lost_answers=1), leaves=True),
+    "slots left early, a crash, a restart, a lost answer, an operator": World(
+        mishaps=Mishaps(crashes=1, restarts=1, lost_answers=1, operators=1), leaves=True
+    ),
+    "slots left early, limits, three daemons, three jobs": World(
+        3, 3, limits=(1, 2, NO_LIMIT), mishaps=Mishaps(limit_changes=2), leaves=True
+    ),
 }
 FREEZE, OUTAGE, LOST_ANSWER, LEAP = Mishaps(freezes=1), Mishaps(outages=1), Mishaps(lost_answers=1), Mishaps(leaps=1)
 
@@ -60,6 +76,8 @@ FREEZE, OUTAGE, LOST_ANSWER, LEAP = Mishaps(freezes=1), Mishaps(outages=1), Mish
 MISTAKES = {
     "unfenced": (Rules(is_fenced=False), FREEZE, UNFENCED),
     "count_then_claim": (Rules(counts_under_lock=False), Mishaps(), ABOVE_LIMIT),
+    "slot_free_early": (Rules(frees_early=True), Mishaps(), ABOVE_LIMIT),
+    "slot_free_for_ever": (Rules(mark_is_the_claims=False), FREEZE, ABOVE_LIMIT),
     "release_by_timer": (Rules(releases_by_timer=True), Mishaps(), ABOVE_LIMIT),
     "rescue_after_outage": (Rules(asks_for_steadiness=NEVER), OUTAGE, TAKEN),
     "look_held_up": (Rules(asks_for_steadiness=BEFORE), OUTAGE, TAKEN),
@@ -115,7 +133,7 @@ def test_nor_where_more_happens_at_once(name: str) -> None:
 def test_each_mistake_is_found(name: str) -> None:
     """Every known way to build it wrong breaks the promise that it endangers, in a story that docs/model.md can tell."""
     rules, mishaps, promise = MISTAKES[name]
-    found = explored(World(mishaps=mishaps, rules=rules), promise=promise)
+    found = explored(World(mishaps=mishaps, rules=rules, leaves=name.startswith("slot_free")), promise=promise)
     print(f"{name}:\n{found}")  # noqa: T201 - shown with -rP, and when this fails
     assert found.broken == promise
     assert re.search(rf"^\| `{name}` \|.*\| {len(found.story)} \|$", PAGE, re.MULTILINE), "docs/model.md tells another length"
@@ -142,7 +160,7 @@ def test_what_is_taken_from_the_living_ends_above_the_limit(name: str) -> None:
 def test_a_mistake_is_found_because_of_the_mistake(name: str) -> None:
     """The same world without the mistake keeps the promise: the mishaps alone break nothing."""
     _, mishaps, _ = MISTAKES[name]
-    assert explored(World(mishaps=mishaps)).broken is None
+    assert explored(World(mishaps=mishaps, leaves=name.startswith("slot_free"))).broken is None
 
 
 @pytest.mark.parametrize("name", ASSUMPTIONS)
@@ -157,7 +175,7 @@ def test_what_the_engine_takes_for_granted_matters(name: str) -> None:
 
 def test_the_promises_are_really_tried() -> None:
     """The limit binds, jobs are rescued, orders cancelled and commits sent again: an idle model would keep every promise."""
-    world = World(limits=(1, 2), mishaps=Mishaps(crashes=1, lost_answers=1, cancels=1))
+    world = World(limits=(1, 2), mishaps=Mishaps(crashes=1, lost_answers=1, cancels=1), leaves=True)
     labels: set[str] = set()
 
     def steps(state: State) -> list[Step[State]]:
@@ -172,6 +190,7 @@ def test_the_promises_are_really_tried() -> None:
         "dN gets job N, the answer takes long",
         "dN finds that it does not run job N",
         "dN finds job N lost",
+        "dN, job N: its slot is free",
         "dN, job N: interrupted is accepted",
         "dN, job N: interrupted is lease lost",
         "dN, job N: interrupted is order ended",

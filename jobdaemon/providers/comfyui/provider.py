@@ -25,6 +25,7 @@ from jobdaemon.errors import (
 )
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
+    CallDone,
     GenerateRequest,
     ImageMade,
     OnUnknownSubmit,
@@ -109,6 +110,7 @@ class ComfyUIProvider:
         if request.resume is not None:
             left = await self._left(request.resume)
             if left is not None:
+                yield CallDone()
                 async with aclosing(self._collected(*left, request.resume.images)) as events:
                     async for event in events:
                         yield event
@@ -144,6 +146,7 @@ class ComfyUIProvider:
             if end is None:
                 yield TaskOver()
                 raise ProviderUnavailableError(f"{NAME}: {server.url} lost the prompt: was it restarted, or its queue cleared?")
+            yield CallDone()
             async with aclosing(self._collected(server, end, images)) as events:
                 async for event in events:
                     yield event

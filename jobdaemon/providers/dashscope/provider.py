@@ -23,6 +23,7 @@ from urllib.parse import quote, urlencode
 from jobdaemon.errors import KeyMissingError, PhotoRefusedError, ProviderRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.ports import (
+    CallDone,
     GenerateRequest,
     ImageMade,
     OnUnknownSubmit,
@@ -115,6 +116,7 @@ class DashScopeProvider:
 
     async def _resumed(self, call: ProviderCall, secret: str) -> AsyncGenerator[ProviderEvent, None]:
         events, error = await self._ended(call.task_id or "", call.images, call.submitted_at, secret)
+        yield CallDone()
         for event in events:
             yield event
         if error is not None:
@@ -123,6 +125,7 @@ class DashScopeProvider:
     async def _bought(self, request: GenerateRequest, photo: str | None, secret: str) -> AsyncGenerator[ProviderEvent, None]:
         for start in range(0, len(request.images), self.max_images_per_call):
             images = request.images[start : start + self.max_images_per_call]
+            is_last = start + len(images) == len(request.images)
             indexes = [index for index, _ in images]
             body = self._body(request, images, photo)
             yield Submitting()
@@ -132,6 +135,8 @@ class DashScopeProvider:
             if not self._route.is_async:
                 if not (output := answers.output_of(told)):
                     raise answers.unreadable(answer, "an output", secret=secret)
+                if is_last:
+                    yield CallDone()
                 made = list(answers.images_of(output, indexes, submitted_at + _LIFETIME, secret=secret))
                 yield answers.charged_in(told, sum(isinstance(event, ImageMade) for event in made))
                 for image in made:
@@ -142,6 +147,8 @@ class DashScopeProvider:
                 raise answers.unreadable(answer, "a task's id", secret=secret)
             yield TaskAccepted(task_id)
             events, error = await self._ended(task_id, indexes, submitted_at, secret)
+            if is_last:
+                yield CallDone()
             for event in events:
                 yield event
             if error is not None:

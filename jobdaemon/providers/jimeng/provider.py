@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from jobdaemon.errors import KeyMissingError, PhotoRefusedError, ProviderRefusedError, ProviderUnavailableError, SettingsError
 from jobdaemon.http import GuardedClient
 from jobdaemon.ports import (
+    CallDone,
     Charged,
     GenerateRequest,
     ImageMade,
@@ -144,6 +145,8 @@ class JimengProvider:
             results = self._results(call.task_id or "", call.images, self._key(call.key), is_resumed=True)
             async with aclosing(results) as events:
                 async for event in events:
+                    if isinstance(event, Charged):
+                        yield CallDone()
                     yield event
             return
         pair = self._key(request.key)
@@ -161,6 +164,8 @@ class JimengProvider:
             yield TaskAccepted(task_id)
             async with aclosing(self._results(task_id, batch, pair)) as events:
                 async for event in events:
+                    if isinstance(event, Charged) and event.images >= len(waiting):
+                        yield CallDone()
                     if isinstance(event, ImageMade | ImageRefused):
                         waiting.remove(event.index)
                     yield event

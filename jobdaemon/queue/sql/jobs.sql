@@ -80,6 +80,15 @@ SELECT id, task_name, priority, args, attempts, deaths, token, key_alias, opens_
     (SELECT q.circuit FROM jobdaemon.queues q WHERE q.name = $1) AS circuit_before
 FROM jobdaemon.claim_jobs($1, $2, $3, $4::text[]);
 
+-- name: free_slots
+-- The provider has done what these running jobs (ids $1, tokens $2) asked of it: they hold no slot of any limit any more.
+WITH own AS (
+    SELECT j.id FROM unnest($1::bigint[], $2::bigint[]) AS a (id, token)
+    JOIN jobdaemon.procrastinate_jobs j ON j.id = a.id AND j.token = a.token
+    WHERE j.status = 'doing' ORDER BY j.id FOR UPDATE OF j
+)
+UPDATE jobdaemon.procrastinate_jobs j SET released_token = j.token FROM own o WHERE j.id = o.id RETURNING j.id;
+
 -- name: queue_rows
 -- What operators set for these queues and for daemon $2, and whether a job is ready in them: the net below the notifications.
 SELECT q.name, q.paused, EXISTS (SELECT FROM jobdaemon.daemons d WHERE d.id = $2 AND d.status = 'draining') AS is_draining, q.team_size, q.adaptive_limit IS NOT NULL OR q.circuit <> 'closed'

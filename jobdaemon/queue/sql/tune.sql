@@ -7,9 +7,9 @@
 DO $$
 BEGIN
     IF (SELECT count(*) FROM pg_attribute a WHERE a.attrelid = 'procrastinate_jobs'::regclass
-            AND a.attname IN ('token', 'deaths', 'key_alias') AND NOT a.attisdropped) < 3 THEN
+            AND a.attname IN ('token', 'deaths', 'key_alias', 'released_token') AND NOT a.attisdropped) < 4 THEN
         ALTER TABLE procrastinate_jobs ADD COLUMN IF NOT EXISTS token bigint, ADD COLUMN IF NOT EXISTS deaths smallint,
-            ADD COLUMN IF NOT EXISTS key_alias text;
+            ADD COLUMN IF NOT EXISTS key_alias text, ADD COLUMN IF NOT EXISTS released_token bigint;
     END IF;
 END;
 $$;
