@@ -6,10 +6,11 @@ import io
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
 from jobdaemon import jpeg
-from jobdaemon.photo import PhotoLimits, encode_jpeg, read_photo
+from jobdaemon.photo import PhotoLimits, encode_jpeg, encode_photo, read_photo
 from tests.unit.test_photo import ADOBE_PRIMARIES, encoded, matrix_profile, portrait, whole_portrait
 
 LIMITS = PhotoLimits()
@@ -88,14 +89,33 @@ def test_a_profile_is_applied_to_a_turned_photo(orientation: int) -> None:
 def test_what_is_written_is_as_good_as_pillows(quality: int, subsampling: int) -> None:
     """Our error is Pillow's at the same quality: no faster, coarser transform is used."""
     pixels = np.asarray(whole_portrait())
-    errors = []
-    for content in (
-        encode_jpeg(pixels, quality=quality),
-        encoded(whole_portrait(), "JPEG", quality=quality, subsampling=subsampling),
-    ):
-        with Image.open(io.BytesIO(content)) as image:
-            errors.append(float(((np.asarray(image).astype(int) - pixels) ** 2).mean()))
-    assert errors[0] <= errors[1] * 1.01
+    theirs = encoded(whole_portrait(), "JPEG", quality=quality, subsampling=subsampling)
+    assert error_of(encode_jpeg(pixels, quality=quality), pixels) <= error_of(theirs, pixels) * 1.01
+
+
+@pytest.mark.parametrize("quality", [75, 92, 97])
+def test_a_photo_is_written_in_the_colours_it_came_with(quality: int) -> None:
+    """Halved colours stay halved; as large as a camera's, the file is smaller than with full ones, and nearer to the photo."""
+    large = whole_portrait().resize((2048, 2048), Image.Resampling.LANCZOS)
+    photo = read_photo(encoded(large, "JPEG", quality=quality, subsampling=2), limits=LIMITS)
+    assert photo.has_halved_colour
+    as_it_came, full = encode_photo(photo), encode_jpeg(photo.pixels, quality=95)
+    assert len(as_it_came) < len(full)
+    assert error_of(as_it_came, photo.pixels) < error_of(full, photo.pixels)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"subsampling": 0}), ("JPEG", {"subsampling": 1}), ("PNG", {})])
+def test_full_colours_stay_full(kind: str, options: dict[str, object]) -> None:
+    """What came with more colour than half is written with all of it."""
+    photo = read_photo(encoded(whole_portrait(), kind, **options), limits=LIMITS)
+    assert not photo.has_halved_colour
+    assert encode_photo(photo) == encode_jpeg(photo.pixels, quality=95)
+
+
+def error_of(content: bytes, pixels: NDArray[np.uint8]) -> float:
+    """Mean squared."""
+    with Image.open(io.BytesIO(content)) as image:
+        return float(((np.asarray(image).astype(int) - pixels) ** 2).mean())
 
 
 def test_part_of_a_picture_can_be_written() -> None:
