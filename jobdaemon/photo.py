@@ -315,11 +315,13 @@ def _recognised(file: IO[bytes]) -> tuple[str, Callable[[IO[bytes]], ImageFile.I
 
 
 def _count(file: IO[bytes], pair: bytes) -> int:
-    """How often two bytes stand side by side in *file*."""
+    """How often two different bytes stand side by side in *file*."""
     file.seek(0)
     count, last = 0, b""
     while block := file.read(_READ_BYTES):
-        count += block.count(pair) + (last + block[:1] == pair)
+        # Other threads may run meanwhile; bytes.count lets none.
+        values = np.frombuffer(block, np.uint8)
+        count += int(np.count_nonzero((values[:-1] == pair[0]) & (values[1:] == pair[1]))) + (last + block[:1] == pair)
         last = block[-1:]
     return count
 

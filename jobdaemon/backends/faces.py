@@ -220,7 +220,9 @@ def _proposals(pnet: _Net, copy: Pixels) -> tuple[Floats, Floats]:
         level = np.asarray(cv2.resize(source, size, interpolation=cv2.INTER_AREA), np.uint8)
         shifts, scores = pnet(level[np.newaxis])
         rows, columns = np.nonzero(scores[0, :, :, 1] >= _THRESHOLDS[0])
-        corners = np.stack([columns, rows, columns, rows], axis=1).astype(np.float32) * _STRIDE
+        corners = np.empty((len(rows), 4), np.float32)
+        corners[:, ::2], corners[:, 1::2] = columns[:, np.newaxis], rows[:, np.newaxis]
+        corners *= _STRIDE
         corners[:, 2:] += _CELL
         level_scores = scores[0, rows, columns, 1]
         keep = _suppress(corners, level_scores, 0.5)
