@@ -13,6 +13,7 @@ Nothing here touches Pillow's global state (``MAX_IMAGE_PIXELS``, plugin registr
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ MAX_DESCRIPTION_BYTES = 2_000
 _HEAD_BYTES = 1024
 _READ_BYTES = 1 << 18
 _STRIP_ROWS = 128
+# Cameras' and programs' are a few kilobytes; they repeat, so that what is known of them is kept.
+_SMALL_PROFILE_BYTES = 16_384
 # What undoes EXIF orientations (EXIF 2.32, tag 274); from 5 on, rows of the file are columns of the picture.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -429,21 +432,10 @@ def _srgb_transform(image: Image.Image) -> Callable[[Image.Image], Image.Image] 
         return None
     # A pixel tells what the whole becomes; but it would have the whole decoded where that was done elsewhere.
     mode = image.mode if image.mode == "RGB" and "transparency" not in image.info else _profiled(image.crop((0, 0, 1, 1))).mode
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(raw))
-        if profile.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
-            return None
-        transform = ImageCms.buildTransform(
-            profile,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-        if mode == "RGB" and _changes_nothing(transform):
-            return None
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+    if mode == "RGB" and (_is_srgb(raw) if len(raw) <= _SMALL_PROFILE_BYTES else _is_srgb.__wrapped__(raw)):
+        return None
+    transform = _transform(raw, mode)
+    if transform is None:
         return None
 
     def to_srgb(strip: Image.Image) -> Image.Image:
@@ -454,8 +446,34 @@ def _srgb_transform(image: Image.Image) -> Callable[[Image.Image], Image.Image] 
     return to_srgb
 
 
+@functools.lru_cache(maxsize=64)
+def _is_srgb(raw: bytes) -> bool:
+    """Whether an RGB profile is sRGB by effect, or of no use: most are, and the conversion of 12 megapixels takes 0.2 s."""
+    transform = _transform(raw, "RGB")
+    try:
+        return transform is None or _changes_nothing(transform)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return True
+
+
+def _transform(raw: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(raw))
+        if profile.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+            return None
+        return ImageCms.buildTransform(
+            profile,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a profile is sRGB by effect: most are, and the conversion of 12 megapixels takes 0.2 s."""
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     lattice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
     converted = ImageCms.applyTransform(Image.fromarray(lattice), transform)
