@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import random
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 
 from jobdaemon import jpeg
 from jobdaemon.photo import PhotoLimits, encode_jpeg, encode_photo, read_photo
@@ -49,6 +50,27 @@ def test_doubtful_files_are_left_to_pillow(progressive: bool) -> None:
     assert jpeg.decoded(content, (128, 96)) is None
     middle = len(content) // 2
     assert jpeg.decoded(content[:middle] + b"\xff\xd9" + content[middle:], (96, 128)) is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("progressive", [False, True])
+def test_of_damaged_files_nothing_else_is_made_than_by_pillow(progressive: bool) -> None:
+    """Where bytes were changed at random, what comes back is what Pillow makes of it; what Pillow refuses never comes back."""
+    content = encoded(portrait(96, 128), "JPEG", quality=80, progressive=progressive)
+    chance, taken = random.Random(progressive), 0
+    for _ in range(500):
+        damaged = bytearray(content)
+        damaged[chance.randrange(chance.choice([650, len(damaged)]))] = chance.randrange(256)
+        try:
+            image = JpegImagePlugin.jpeg_factory(io.BytesIO(damaged))
+        except Exception:  # noqa: BLE001 - the header is judged before, and by others
+            continue
+        if image.mode == "RGB" and image.width * image.height < 1_000_000:
+            pixels = jpeg.decoded(bytes(damaged), image.size)
+            if pixels is not None:
+                assert np.array_equal(pixels, np.asarray(image))
+                taken += 1
+    assert taken > 50
 
 
 def test_a_blemish_that_pillow_forgives_is_forgiven() -> None:
