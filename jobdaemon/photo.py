@@ -220,7 +220,7 @@ def encode_photo(photo: Photo) -> bytes:
     Encode a photo that was worked on, without a loss that an eye could see.
 
     Colours that came in half the resolution stay so. What that saves goes into the brightness: the result is nearer to the pixels
-    than quality 95 with full colours (0.4 to 4 dB; of poor and very sharp photos 0.9 dB farther, at 48 dB), smaller, and done in
+    than quality 95 with full colours (up to 4 dB; of poor and very sharp photos 0.9 dB farther, at 48 dB), smaller, and done in
     two thirds of the time.
     """
     halved = photo.has_halved_colour
