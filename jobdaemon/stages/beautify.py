@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 
@@ -49,7 +50,9 @@ class BeautifyStage:
         await attempt.checkpoint(OrderStarted(order.id))
         photo = await source_photo(order.source, self._store, self._fetch, max_bytes=self._max_photo_bytes)
         result = await self._prewarming.beautified(photo)
-        key = beautified_key(order.id, hashlib.sha256(result.content).hexdigest())
+        # Megabytes: the event loop has many photos to look after.
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(result.content).hexdigest())
+        key = beautified_key(order.id, digest)
         artifact = await self._store.put(key, result.content, result.media_type)
         wanted = [WantedImage(image.index, image.prompt) for image in await self._orders.load_images(order.id)]
         jobs = generate_jobs(order.id, order.priority, order.provider, wanted, self._images_per_call(order.provider))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobdaemon.backends.faces import NET_SHA256, Face, FaceDetector, Floats, Pixels, refuse_opencv_5
+from jobdaemon.backends.faces import NET_SHA256, Face, FaceDetector, Floats, Pixels, _suppress, halved, refuse_opencv_5
 from jobdaemon.errors import SettingsError
 
 ASTRONAUT = Path(__file__).parents[1] / "data" / "astronaut.png"
@@ -125,6 +125,50 @@ def test_small_face_in_a_large_photo_is_found_on_the_second_look(detector: FaceD
     assert len(faces) == 1
     centre = faces[0].landmarks.mean(axis=0)
     assert np.hypot(*(centre - (LANDMARKS.mean(axis=0) * 0.75 + (1500, 800)))) < 8
+
+
+def test_odd_sides_move_no_face(detector: FaceDetector) -> None:
+    """A face far from the first pixel of a photo whose sides cannot be halved evenly is found where it is."""
+    photo = np.full((2003, 3005, 3), 160, np.uint8)
+    photo[1000:2000, 2000:3000] = resized(astronaut()[:400, 20:420], 2.5)
+    faces = detector.detect(photo)
+    assert len(faces) == 1
+    found = (faces[0].landmarks - (2000, 1000) + 0.5) / 2.5 - 0.5 + (20, 0)
+    assert np.linalg.norm(found - LANDMARKS, axis=1).mean() / EYE_DISTANCE < 0.09
+
+
+@pytest.mark.parametrize("shape", [(1024, 1536), (1023, 1537), (961, 641)])
+def test_halves_are_averages_of_the_whole(shape: tuple[int, int]) -> None:
+    """Halving stops above the size asked for, and what is left is the same picture, at odd sides too."""
+    whole = resized(astronaut(), 4.0)[: shape[0], : shape[1]]
+    height, width = shape
+    copy = halved(whole, (width // 4, height // 4))
+    assert copy.shape == (-(-height // 4), -(-width // 4), 3)
+    expected = cv2.resize(whole, copy.shape[1::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(copy.astype(int) - expected).mean() < 0.7
+    assert halved(whole, (width // 2 + 1, height)) is whole
+
+
+@pytest.mark.parametrize("by_smaller", [False, True])
+def test_of_boxes_that_overlap_the_surest_remains(by_smaller: bool) -> None:
+    """What is kept is what comes of going through the boxes one by one, the surest first."""
+    chance = np.random.default_rng(5)
+    corners = chance.uniform(0, 60, (200, 2))
+    boxes = np.hstack([corners, corners + chance.uniform(1, 40, (200, 2))]).astype(np.float32)
+    scores = chance.uniform(0.6, 1, 200).round(2).astype(np.float32)
+    kept: list[int] = []
+    for one in np.argsort(-scores, kind="stable").tolist():
+        if all(overlap(boxes[one], boxes[other], by_smaller=by_smaller) <= 0.5 for other in kept):
+            kept.append(one)
+    assert _suppress(boxes, scores, 0.5, by_smaller=by_smaller).tolist() == kept
+    assert 10 < len(kept) < 190
+    assert _suppress(boxes[:0], scores[:0], 0.5).tolist() == []
+
+
+def overlap(one: Floats, other: Floats, *, by_smaller: bool) -> float:
+    sides = np.maximum(0, np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]))
+    shared, areas = sides.prod(), [(box[2:] - box[:2]).prod() for box in (one, other)]
+    return float(shared / (min(areas) if by_smaller else sum(areas) - shared))
 
 
 def test_nothing_is_found_where_there_is_no_face(detector: FaceDetector) -> None:

@@ -25,10 +25,9 @@ from jobdaemon.backends.gfpgan.process import CHILD, Loaded
 from jobdaemon.backends.gfpgan.restorer import Restorer, RestorerRules
 from jobdaemon.backends.gfpgan.weights import KNOWN_SHA256
 from jobdaemon.errors import DeviceMemoryError
-from jobdaemon.photo import Photo, PhotoLimits, encode_jpeg, read_photo
+from jobdaemon.photo import Photo, PhotoLimits, encode_photo, read_photo
 from jobdaemon.ports import BeautifiedPhoto
 
-JPEG_QUALITY = 95
 #: Faces of one photo that are held at once, about 6 MB each while they are put back.
 _FACES_AT_ONCE = 32
 #: Crops that the child is given at once; of two batches a device computes one while the other is on its way.
@@ -194,7 +193,7 @@ class GfpganBackend:
 
     def _encoded(self, work: _Work) -> bytes:
         with _memory_for(work.photo):
-            return encode_jpeg(work.photo.pixels, quality=JPEG_QUALITY)
+            return encode_photo(work.photo)
 
 
 @contextmanager
