@@ -44,6 +44,7 @@ from jobdaemon.providers.inline import InlineImages
 from jobdaemon.providers.jimeng import JimengProvider, KeyPair
 from jobdaemon.providers.jimeng.answers import GATEWAY_KINDS, KINDS, VERDICTS, end_in, told_in
 from jobdaemon.providers.photo_links import InlineLinks, SuperbedLinks
+from jobdaemon.providers.superbed import Superbed
 from jobdaemon.providers.wire import Kind
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import load_settings
@@ -52,6 +53,7 @@ from jobdaemon.spool import Spool
 from jobdaemon.storage.files import FilesStore
 from tests.conformance.provider_promises import MAX_IMAGE_BYTES, Outcome, content_of, hostile, outcome, wanted
 from tests.daemons import until
+from tests.fakes import FakeUploaded
 
 API = "jimeng"
 KEYS = KeyPair("AKjimeng-test", "SKjimeng-test==")
@@ -265,7 +267,7 @@ def make(sandbox: Sandbox, client: GuardedClient) -> Make:
             settings,
             keys={"default": KEYS} if keys is None else keys,
             client=client,
-            links=InlineLinks() if settings.photo == "inline" else SuperbedLinks(superbed, client),
+            links=InlineLinks() if settings.photo == "inline" else SuperbedLinks(Superbed(superbed, client), FakeUploaded()),
             max_image_bytes=MAX_IMAGE_BYTES,
             clock=clock or (lambda: datetime.now(UTC)),
         )
