@@ -78,10 +78,12 @@ class UploadStage:
             async with self._decoding:
                 facts = await asyncio.to_thread(lambda: self._inspect(spool.opened()))
         except UnsupportedImageError as error:
+            # Not the customer's photo, which the same words are used of.
+            told = f"{image.provider or 'the provider'} sent an image that cannot be used: {error}"
             if work_key is not None:
-                raise
+                raise UnsupportedImageError(told) from error
             # It is paid for, and what came was perhaps cut short on its way: fetched once more it may be whole.
-            raise SourceUnavailableError(str(error)) from error
+            raise SourceUnavailableError(told) from error
         digest = spool.sha256
         if work_key is not None and digest[:16] not in work_key:
             raise ArtifactMissingError(f"the bytes under {work_key} are not those that were generated")
