@@ -149,6 +149,19 @@ async def test_the_provider_is_named_for_what_it_sent(locator: str) -> None:
         await _stage(orders, FakeArtifacts({WORK_KEY: b"garbage"}), fetched=b"garbage").run(FakeAttempt(JOB, orders))
 
 
+async def test_a_link_that_leads_inwards_is_the_provider_s() -> None:
+    """A link, or where it redirects to, that is not fetched ends the image at once, with who gave it: no order was wrong."""
+    orders = FakeOrders(images=[replace(image_row(1, status="generated", locator="https://p.example/a"), provider="jimeng")])
+
+    async def fetch(url: str, spool: Spool) -> None:
+        raise InvalidOrderError("https://169.254.169.254/ is not a public address.")
+
+    stage = _stage(orders, FakeArtifacts())
+    stage._fetch = fetch
+    with pytest.raises(UnsupportedImageError, match=r"^jimeng gave a link that is not followed: .* not a public address"):
+        await stage.run(FakeAttempt(JOB, orders))
+
+
 async def test_an_unknown_image_is_permanent() -> None:
     """A job for an image that the order does not have."""
     orders = FakeOrders(images=[image_row(2)])
