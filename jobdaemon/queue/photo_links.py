@@ -16,7 +16,6 @@ from jobdaemon.queue import sql
 from jobdaemon.queue.writes import storable
 
 _LINKS = sql.load("photo_links.sql")
-_DELETE_LIMIT = 20
 _JITTER = 0.2
 
 
@@ -134,12 +133,17 @@ class PhotoLinkKeeper:
             await asyncio.sleep(self._poll_s * (1 - _JITTER * random.random()))
 
     async def sweep(self) -> None:
-        """Try to delete what is due, one after another."""
-        while left := await self._rows.begin_deletions(_DELETE_LIMIT, self._rules):
-            for one in left:
-                await self._try(one)
+        """
+        Try to delete what is due, one after another, up to the first that fails: where the service is away the others would
+        only spend a try each.
+        """
+        # One at a time: what waited here behind slow answers would be due again.
+        while left := await self._rows.begin_deletions(1, self._rules):
+            if not await self._try(left[0]):
+                return
 
-    async def _try(self, left: LeftLink) -> None:
+    async def _try(self, left: LeftLink) -> bool:
+        """Whether it is gone."""
         try:
             await self._delete(left.link)
         except DatabaseUnavailableError:
@@ -148,5 +152,6 @@ class PhotoLinkKeeper:
             await self._rows.deletion_failed(left.id, str(error))
             if left.tries >= self._rules.tries:
                 self._events.emit(PhotoLeft(order_id=left.order_id, tries=left.tries, error=str(error)))
-            return
+            return False
         await self._rows.end_deletion(left.link)
+        return True
