@@ -10,13 +10,13 @@ import asyncio
 import hashlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from jobdaemon import schema_version
@@ -28,9 +28,10 @@ from jobdaemon.domain.retry import RetryPolicy
 from jobdaemon.domain.rows import differing_rows
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, SettingsError, StoreRefusedError, StoreUnavailableError
 from jobdaemon.events import DatabaseLost, Event, Events, SettingsOverruled, UpkeepFailed
-from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage
+from jobdaemon.ports import ArtifactStore, BeautifyBackend, PhotoLinks, Provider, Stage, UploadedPhotos
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.image_cache import CacheKeeper
+from jobdaemon.queue.photo_links import PhotoLinkKeeper
 from jobdaemon.queue.prewarmed import PrewarmedKeeper
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, QueueRules, Supervisor
@@ -356,13 +357,16 @@ def what_is_wrong_with_weights(settings: Settings) -> str | None:
     return None
 
 
-def open_providers(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> dict[str, Provider]:
+def open_providers(
+    settings: Settings, services: GuardedClient, artifacts: ArtifactStore, uploaded: UploadedPhotos | None = None
+) -> dict[str, Provider]:
     """
     The providers this daemon can call, by name: those whose section has what it takes.
 
     Args:
         services: calls them.
         artifacts: where providers that fetch the photo may be sent.
+        uploaded: knows the photos that lie elsewhere for them; None for who only judges the settings.
 
     Raises:
         SettingsError: one cannot work as it is set.
@@ -374,9 +378,9 @@ def open_providers(settings: Settings, services: GuardedClient, artifacts: Artif
     if "comfyui" in usable:
         providers["comfyui"] = _comfyui_provider(settings, services)
     if "dashscope" in usable:
-        providers["dashscope"] = _dashscope_provider(settings, services, artifacts)
+        providers["dashscope"] = _dashscope_provider(settings, services, artifacts, uploaded)
     if "jimeng" in usable:
-        providers["jimeng"] = _jimeng_provider(settings, services, artifacts)
+        providers["jimeng"] = _jimeng_provider(settings, services, artifacts, uploaded)
     return providers
 
 
@@ -429,7 +433,9 @@ def _openai_images_provider(settings: Settings, services: GuardedClient) -> Prov
     )
 
 
-def _dashscope_provider(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> Provider:
+def _dashscope_provider(
+    settings: Settings, services: GuardedClient, artifacts: ArtifactStore, uploaded: UploadedPhotos | None
+) -> Provider:
     from jobdaemon.providers.dashscope import DashScopeProvider
 
     section = settings.generate.dashscope
@@ -437,11 +443,13 @@ def _dashscope_provider(settings: Settings, services: GuardedClient, artifacts: 
         section,
         keys=_secrets(section.api_key, section.keys),
         client=services,
-        links=photo_links(settings, section.photo, services, artifacts),
+        links=photo_links(settings, section.photo, services, artifacts, uploaded),
     )
 
 
-def _jimeng_provider(settings: Settings, services: GuardedClient, artifacts: ArtifactStore) -> Provider:
+def _jimeng_provider(
+    settings: Settings, services: GuardedClient, artifacts: ArtifactStore, uploaded: UploadedPhotos | None
+) -> Provider:
     from jobdaemon.providers.jimeng import JimengProvider, KeyPair
     from jobdaemon.providers.photo_links import one_at_a_time
 
@@ -455,15 +463,17 @@ def _jimeng_provider(settings: Settings, services: GuardedClient, artifacts: Art
         section,
         keys=keys,
         client=services,
-        links=one_at_a_time(photo_links(settings, section.photo, services, artifacts)),
+        links=one_at_a_time(photo_links(settings, section.photo, services, artifacts, uploaded)),
         max_image_bytes=settings.photos.result_max_bytes,
         spool=spools(settings),
     )
 
 
-def photo_links(settings: Settings, choice: PhotoLink, services: GuardedClient, artifacts: ArtifactStore) -> PhotoLinks:
+def photo_links(
+    settings: Settings, choice: PhotoLink, services: GuardedClient, artifacts: ArtifactStore, uploaded: UploadedPhotos | None
+) -> PhotoLinks:
     """
-    How a provider gets the photo, *choice* being what its section says.
+    How a provider gets the photo, *choice* being what its section says; the rest as for :func:`open_providers`.
 
     Raises:
         SettingsError: what the choice needs is not set.
@@ -473,7 +483,9 @@ def photo_links(settings: Settings, choice: PhotoLink, services: GuardedClient, 
     if choice == "inline":
         return InlineLinks()
     if choice == "superbed":
-        return SuperbedLinks(settings.superbed, services)
+        from jobdaemon.providers.superbed import Superbed
+
+        return SuperbedLinks(Superbed(settings.superbed, services), uploaded)
     if settings.store.kind != "r2":
         raise SettingsError('photo is "store", but providers can fetch nothing from a folder: set store.kind to "r2"')
     from jobdaemon.storage.r2 import R2Store
@@ -532,7 +544,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
         stack.push_async_callback(client.close)
         services = open_service_client(settings)
         stack.push_async_callback(services.close)
-        providers = open_providers(settings, services, artifacts)
+        providers = open_providers(settings, services, artifacts, store.photo_links)
         for provider in providers.values():
             stack.push_async_callback(provider.close)
         providers = _with_cache(settings, store, artifacts, providers)
@@ -552,6 +564,7 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             companions=(
                 _cache_keeper(settings, store, artifacts, events).run,
                 _prewarmed_keeper(settings, store, artifacts, events).run,
+                *_photo_link_keepers(settings, store, services, events),
             ),
         )
         yield Daemon(supervisor, store, artifacts)
@@ -597,6 +610,17 @@ def _cache_keeper(settings: Settings, store: PostgresJobStore, artifacts: Artifa
 
 def _prewarmed_keeper(settings: Settings, store: PostgresJobStore, artifacts: ArtifactStore, events: Events) -> PrewarmedKeeper:
     return PrewarmedKeeper(store.prewarmed, artifacts, events, ttl=settings.prewarm.ttl, max_bytes=settings.prewarm.max_bytes)
+
+
+def _photo_link_keepers(
+    settings: Settings, store: PostgresJobStore, services: GuardedClient, events: Events
+) -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
+    """What deletes photos at Superbed; nothing without a token for it."""
+    if settings.superbed.token is not None:
+        from jobdaemon.providers.superbed import Superbed
+
+        superbed = Superbed(settings.superbed, services)
+        yield PhotoLinkKeeper(store.photo_links, superbed.delete, events, poll=settings.engine.poll).run
 
 
 def _backend_key(settings: Settings, chosen: str) -> str:

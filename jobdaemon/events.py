@@ -255,6 +255,15 @@ class KeyMissing(Event):
     jobs: int
 
 
+@dataclass(frozen=True, slots=True)
+class PhotoLeft(Event):
+    """The photo of an order that has ended lies where providers fetched it, and could not be deleted there in all *tries*."""
+
+    order_id: int
+    tries: int
+    error: str
+
+
 E = TypeVar("E", bound=Event)
 Callback = Callable[[Event], None]
 

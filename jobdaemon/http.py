@@ -132,6 +132,11 @@ class Answer:
         try:
             return json.loads(self.content)
         except (ValueError, RecursionError) as exc:
+            if 300 <= self.status < 400:
+                # Where to is nobody's business here: it may lead inwards, or hold a token.
+                raise ProviderUnavailableError(
+                    f"{self.shown} answered {self.status}, a redirect, which is not followed."
+                ) from exc
             kind = self.headers.get("content-type", "").partition(";")[0][:40] or "unknown type"
             raise ProviderUnavailableError(
                 f"{self.shown} answered {self.status} with something that is no JSON ({kind})."
@@ -408,17 +413,42 @@ class _Blocks:
     def joined(self) -> bytes:
         return b"".join(self._blocks)
 
+    def drop(self) -> None:
+        self._blocks.clear()
+
 
 async def _pour(response: httpx.Response, sink: Sink | _Blocks, max_bytes: int, too_large: Exception) -> None:
-    """The body as it was sent; *too_large* is raised once there is more of it than *max_bytes*."""
+    """The body as it was sent; *too_large* is raised once there is more of it than *max_bytes*, or is said to be."""
+    declared = response.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
+        raise too_large
+    try:
+        if isinstance(sink, _Blocks):
+            await _hold(response, sink, max_bytes, too_large)
+        else:
+            await _pass_on(response, sink, max_bytes, too_large)
+    except BaseException:
+        # Whoever keeps the error keeps the frames that it went through.
+        if isinstance(sink, _Blocks):
+            sink.drop()
+        raise
+
+
+async def _hold(response: httpx.Response, blocks: _Blocks, max_bytes: int, too_large: Exception) -> None:
+    left_bytes = max_bytes
+    async for block in response.aiter_raw():
+        left_bytes -= len(block)
+        if left_bytes < 0:
+            raise too_large
+        blocks.write(block)
+
+
+async def _pass_on(response: httpx.Response, sink: Sink, max_bytes: int, too_large: Exception) -> None:
     held, held_bytes, left_bytes = _Blocks(), 0, max_bytes
     async for block in response.aiter_raw():
         left_bytes -= len(block)
         if left_bytes < 0:
             raise too_large
-        if isinstance(sink, _Blocks):
-            sink.write(block)
-            continue
         held.write(block)
         held_bytes += len(block)
         if held_bytes >= _POUR_BYTES:
@@ -435,11 +465,7 @@ async def _received(response: httpx.Response, target: httpx.URL, sink: Sink | _B
         raise _status_error(response, shown)
     if response.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
         raise UnsupportedImageError(f"{shown} was sent compressed, although that was not asked for.")
-    too_large = UnsupportedImageError(f"{shown} is larger than {max_bytes} bytes.")
-    declared = response.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
-        raise too_large
-    await _pour(response, sink, max_bytes, too_large)
+    await _pour(response, sink, max_bytes, UnsupportedImageError(f"{shown} is larger than {max_bytes} bytes."))
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     return media_type or None
 

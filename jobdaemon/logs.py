@@ -39,6 +39,7 @@ from jobdaemon.events import (
     OrderMended,
     OrderSettled,
     OrdersLifted,
+    PhotoLeft,
     ProviderChanged,
     QueueRests,
     SettingsOverruled,
@@ -79,6 +80,7 @@ LINES: Mapping[type[Event], tuple[Level, str]] = {
     CommitFailed: ("warning", "commit failed"),
     KeyRested: ("warning", "key rests"),
     KeyMissing: ("warning", "key missing"),
+    PhotoLeft: ("warning", "photo left"),
 }
 _NAME = "jobdaemon"
 #: These libraries tell each request, or more, at levels that are ours for what an operator must see.

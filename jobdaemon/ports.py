@@ -397,6 +397,26 @@ class PhotoLinks(Protocol):
         ...
 
 
+class UploadedPhotos(Protocol):
+    """
+    Knows which photos lie at a service under a link, over all daemons: once their order has ended they are deleted there.
+
+    *photo* is an artifact's key. Every method raises DatabaseUnavailableError.
+    """
+
+    async def find(self, photo: str, *, max_age: timedelta) -> str | None:
+        """The link of *photo*, if there is one that is not older than *max_age*."""
+        ...
+
+    async def note(self, photo: str, link: str) -> None:
+        """*photo* lies under *link*."""
+        ...
+
+    async def forget(self, photo: str) -> bool:
+        """The link does not work: it is found no more. Whether another may: this one was found before, or is gone already."""
+        ...
+
+
 class ArtifactStore(Protocol):
     """Keeps artifacts: shared by all daemons. Implementations verify what they write."""
 

@@ -10,7 +10,7 @@ MASK = "********"
 _URL = re.compile(r"\b[a-zA-Z][a-zA-Z0-9+.-]{1,20}://[^\s\"'<>`|\\]+")
 _TELLING_WORDS = (
     r"authorization|proxy-authorization|cookie|set-cookie|x-api-key|api[-_]?key|access[-_]?key(?:[-_]id)?|secret(?:[-_]\w{1,40})?"
-    r"|x-amz-security-token|x-amz-signature|password|passwd|pgpassword|sslpassword|token|session[-_]?token"
+    r"|x-amz-security-token|(?:x-[a-z]{1,10}-)?signature|password|passwd|pgpassword|sslpassword|token|session[-_]?token"
 )
 #: ``Authorization: Bearer abc``, ``password=abc``, ``'api_key': 'abc'``, ``"secret_access_key": "abc"``.
 _PAIR = re.compile(

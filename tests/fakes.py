@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.fallback import Move, Settle
@@ -141,6 +142,26 @@ class FakePrewarmed:
 
     async def forget(self, entry_id: int) -> None:
         self.forgotten.append(entry_id)
+
+
+@dataclass(slots=True)
+class FakeUploaded:
+    """UploadedPhotos in a dict: photo -> link, how often it was given, and when it was noted, by the loop's clock."""
+
+    links: dict[str, tuple[str, int, float]] = field(default_factory=dict)
+
+    async def find(self, photo: str, *, max_age: timedelta) -> str | None:
+        link, given, noted_s = self.links.get(photo, ("", 0, 0.0))
+        if not link or asyncio.get_running_loop().time() - noted_s >= max_age.total_seconds():
+            return None
+        self.links[photo] = (link, given + 1, noted_s)
+        return link
+
+    async def note(self, photo: str, link: str) -> None:
+        self.links[photo] = (link, 1, asyncio.get_running_loop().time())
+
+    async def forget(self, photo: str) -> bool:
+        return self.links.pop(photo, ("", 2, 0.0))[1] > 1
 
 
 @dataclass(slots=True)

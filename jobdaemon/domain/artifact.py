@@ -62,6 +62,20 @@ def fitted_key(photo_key: str, longest_side: int, sha256: str, extension: str = 
     return f"{folder}{slash}photo-{longest_side}-{sha256[:16]}.{extension}"
 
 
+def order_of(key: str) -> int:
+    """
+    The order whose photo, copy of it or raw image lies under *key*.
+
+    Raises:
+        ValueError: it is no order's.
+    """
+    folder, _, rest = key.partition("/")
+    number, _, _ = rest.partition("/")
+    if folder != "work" or not number.isdecimal():
+        raise ValueError(f"{key} is no order's")
+    return int(number)
+
+
 def generated_key(order_id: int, index: int, sha256: str, media_type: str) -> str:
     """Key of an image that arrived inline from a provider, before it is uploaded."""
     return f"work/{order_id}/{index:03d}-{sha256[:16]}.{EXTENSIONS.get(media_type, 'bin')}"

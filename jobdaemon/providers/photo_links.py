@@ -3,10 +3,8 @@ How a provider that does not take the photo's bytes gets the photo: :class:`jobd
 
     InlineLinks     in the request itself, as a data: URL
     StoreLinks      a signed link into the artifact store
-    SuperbedLinks   uploaded to Superbed, the first time that a photo is asked for
+    SuperbedLinks   uploaded to Superbed, the first time that a photo is asked for; deleted there once its order has ended
     one_at_a_time   any of them, for a provider that does not stand parallel uploads
-
-Superbed's API is known from its public clients only; what they agree on is relied on, its error numbers are not.
 """
 
 from __future__ import annotations
@@ -15,33 +13,24 @@ import asyncio
 import base64
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 from weakref import WeakValueDictionary
 
 from jobdaemon.domain.artifact import EXTENSIONS, Artifact
-from jobdaemon.errors import (
-    AnswerLostError,
-    ProviderRefusedError,
-    ProviderUnavailableError,
-    RateLimitedError,
-    SettingsError,
-    StoreRefusedError,
-)
-from jobdaemon.http import Answer, GuardedClient
-from jobdaemon.ports import PhotoLinks
-from jobdaemon.redact import MASK, redact
-from jobdaemon.settings_generate import SuperbedSettings
+from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError
+from jobdaemon.ports import PhotoLinks, UploadedPhotos
+from jobdaemon.providers.superbed import Superbed
 
 #: A task may stand in a provider's queue for a while before its photo is fetched.
 LINK_LIFETIME = timedelta(hours=2)
 #: Links that are remembered, the oldest forgotten first.
 _REMEMBERED = 1_000
-_MAX_ANSWER_BYTES = 64 * 1024
 #: A link at Superbed is given for so long; how long it works nobody says, and somebody may clear the album.
-_REUSED_S = 3600.0
+_REUSED = timedelta(hours=1)
+#: An upload that nobody wants any more is waited for so long.
+_LINGER_S = 5.0
 _NOTHING = object()
-_QUOTED_CHARACTERS = 200
 
 
 class InlineLinks:
@@ -96,28 +85,18 @@ class StoreLinks:
 
 class SuperbedLinks:
     """
-    A link at Superbed; one photo is uploaded once per daemon, however many calls want it at once.
+    A link at Superbed; one photo of an order is uploaded once, however many calls want it, on however many daemons.
 
     A lost answer is asked again, since nobody can be asked what became of it: then the photo lies there twice.
     """
 
-    def __init__(self, settings: SuperbedSettings, client: GuardedClient) -> None:
+    def __init__(self, superbed: Superbed, photos: UploadedPhotos | None) -> None:
         """
         Args:
-            client: shared, and left open.
-
-        Raises:
-            SettingsError: no token.
+            photos: knows what lies there, so that somebody deletes it; None where no link will be asked for.
         """
-        if settings.token is None:
-            raise SettingsError("superbed.token must be set")
-        self._settings = settings
-        self._token = settings.token.get_secret_value()
-        self._client = client
-        #: Digest of a photo -> its link, and when it was made, by the loop's clock.
-        self._links: OrderedDict[str, tuple[str, float]] = OrderedDict()
-        #: Digests whose link was given more than once: one that does not work may have worked before.
-        self._reused: set[str] = set()
+        self._superbed = superbed
+        self._known = photos
         #: One lock per photo for as long as somebody wants it: a failed upload is tried again by the next in line.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -128,94 +107,42 @@ class SuperbedLinks:
         *,
         is_kept: bool = True,  # noqa: ARG002 - nobody can fetch from where it is kept
     ) -> str:
-        lock = self._locks.setdefault(photo.sha256, asyncio.Lock())
+        lock = self._locks.setdefault(photo.key, asyncio.Lock())
         async with lock:
-            now_s = asyncio.get_running_loop().time()
-            known = self._links.get(photo.sha256)
-            if known is not None and now_s - known[1] < _REUSED_S:
-                self._links.move_to_end(photo.sha256)
-                self._reused.add(photo.sha256)
-                return known[0]
-            link = await self._upload(photo, await load_photo())
-            self._links[photo.sha256] = (link, now_s)
-            self._reused.discard(photo.sha256)
-            while len(self._links) > _REMEMBERED:
-                self._reused.discard(self._links.popitem(last=False)[0])
-            return link
+            known = await self._photos.find(photo.key, max_age=_REUSED)
+            if known is not None:
+                return known
+            content = await load_photo()
+            upload = asyncio.ensure_future(self._uploaded(photo, content))
+            try:
+                return await asyncio.shield(upload)
+            except asyncio.CancelledError:
+                # What arrives there is a customer's photo: it is noted, so that it is deleted.
+                await asyncio.wait({upload}, timeout=_LINGER_S)
+                raise
+            finally:
+                upload.cancel()
+                await asyncio.gather(upload, return_exceptions=True)
 
     async def forget(self, photo: Artifact, load_photo: Callable[[], Awaitable[bytes]]) -> bool:  # noqa: ARG002 - uploaded again
-        is_reused = photo.sha256 in self._reused
-        self._links.pop(photo.sha256, None)
-        self._reused.discard(photo.sha256)
-        return is_reused
+        return await self._photos.forget(photo.key)
 
-    async def _upload(self, photo: Artifact, content: bytes) -> str:
-        # The token as a field: in the URL, where most clients put it, it would end up in logs along the way.
-        fields = {"token": self._token, "compress": "false", "watermark": "false", "webp": "false"}
-        if self._settings.album is not None:
-            fields["categories"] = self._settings.album
+    @property
+    def _photos(self) -> UploadedPhotos:
+        if self._known is None:
+            raise RuntimeError("these links are for looking at the settings only")
+        return self._known
+
+    async def _uploaded(self, photo: Artifact, content: bytes) -> str:
         name = f"{photo.sha256[:16]}.{EXTENSIONS.get(photo.media_type, 'bin')}"
+        link = await self._superbed.upload(name, content, photo.media_type)
         try:
-            answer = await self._client.call(
-                "POST",
-                self._settings.url,
-                data=fields,
-                files=[("file", (name, content, photo.media_type))],
-                max_bytes=_MAX_ANSWER_BYTES,
-                timeout=self._settings.timeout,
-            )
-        except AnswerLostError as error:
-            # Costs nothing to do twice; it must not look like a provider's call whose answer was lost.
-            raise ProviderUnavailableError(f"superbed: {error}") from None
-        return link_in(answer, secret=self._token)
-
-
-def link_in(answer: Answer, *, secret: str) -> str:
-    """
-    The link that Superbed gave.
-
-    Args:
-        secret: the token, kept out of errors.
-
-    Raises:
-        ProviderRefusedError: it will not take this photo. Permanent.
-        StoreRefusedError: it does not accept the token. Permanent.
-        RateLimitedError, ProviderUnavailableError: Retryable.
-    """
-    shown = f"superbed ({answer.status})"
-    if answer.status == 429:
-        raise RateLimitedError(f"{shown}: we upload too often", retry_after=answer.retry_after)
-    if answer.status in (401, 403):
-        raise StoreRefusedError(f"{shown} does not accept the token: check superbed.token")
-    if answer.status >= 500 or answer.status in (408, 425):
-        raise ProviderUnavailableError(f"{shown} cannot take the photo now", retry_after=answer.retry_after)
-    body = _object(answer, shown)
-    words = redact(" ".join(str(body.get("msg") or "no reason given").replace(secret, MASK).split()))[:_QUOTED_CHARACTERS]
-    if answer.status // 100 != 2 or body.get("err") != 0:
-        # Its numbers are documented nowhere.
-        raise ProviderRefusedError(f"{shown} did not take the photo: {words}")
-    link = body.get("url") or _first(body.get("urls"))
-    if not isinstance(link, str) or not link.startswith(("https://", "http://")):
-        raise ProviderUnavailableError(f"{shown} took the photo without saying where it is")
-    return link
-
-
-def _object(answer: Answer, shown: str) -> dict[str, Any]:
-    try:
-        body = answer.json()
-    except ProviderUnavailableError as error:
-        if answer.status // 100 in (2, 3):
+            await self._photos.note(photo.key, link)
+        except DatabaseUnavailableError:
+            with suppress(JobdaemonError):
+                await self._superbed.delete(link)
             raise
-        raise ProviderRefusedError(f"{shown} did not take the photo: {error}") from None
-    if not isinstance(body, dict):
-        raise ProviderUnavailableError(f"{shown} answered with something else than an object")
-    return body
-
-
-def _first(urls: object) -> object:
-    """Several links come as an object, or as a list."""
-    values = list(urls.values()) if isinstance(urls, dict) else urls
-    return values[0] if isinstance(values, list) and values else None
+        return link
 
 
 def one_at_a_time(links: PhotoLinks) -> PhotoLinks:

@@ -33,6 +33,7 @@ from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, moving, sql, writes
 from jobdaemon.queue.image_cache import CacheRows
 from jobdaemon.queue.key_rests import rest_keys
+from jobdaemon.queue.photo_links import PhotoLinkRows
 from jobdaemon.queue.prewarmed import PrewarmedRows
 from jobdaemon.queue.steering import Steering
 
@@ -174,6 +175,8 @@ class PostgresJobStore:
         self.cache = CacheRows(self._reads, self._upkeep)
         #: The rows of prewarmed photos, over the same.
         self.prewarmed = PrewarmedRows(self._reads, self._upkeep)
+        #: And of photos that lie where providers fetch them.
+        self.photo_links = PhotoLinkRows(self._reads, self._upkeep)
         self._steering = Steering()
         self._on_notify: Callable[[str, str], None] | None = None
         self._on_silence: Callable[[], None] | None = None

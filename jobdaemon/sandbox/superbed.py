@@ -1,8 +1,9 @@
 """
 Superbed: photos are uploaded under a token and lie there until they are deleted; about every second link is a redirect.
 
-It has no limits, and nothing goes wrong, except under a token that begins with ``faulty``: there, uploads have the faults of the
-image APIs. An upload takes a fortieth of the behaviour's latency.
+It has no limits, and nothing goes wrong, except under a token that begins with ``faulty``: there, uploads and deletions have the
+faults of the image APIs. Under one that begins with ``older``, photos are deleted in the older way only. An upload
+takes a fortieth of the behaviour's latency.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def routes(shop: Shop) -> list[web.RouteDef]:
     return [
         web.post("/superbed/upload", api.upload),
         web.post("/superbed/delete", api.delete),
+        web.post("/superbed/info/{id}", api.info),
         web.get("/superbed/item/{name}", api.item),
         web.get("/superbed/file/{name}", api.file),
     ]
@@ -91,20 +93,12 @@ class _Api:
         if not all(map(is_picture, files.values())):
             raise SuperbedError(3, "图片格式不支持")
         fault = self._fault(token, files)
-        match fault:
-            case Fault.RATE_LIMITED:
-                return web.Response(status=429, text="Too Many Requests", headers={"Retry-After": "1"})
-            case Fault.ERROR:
-                return web.Response(status=500, text="Internal Server Error")
-            case Fault.HTML:
-                return web.Response(status=502, text="<html><title>502 Bad Gateway</title></html>", content_type="text/html")
-            case Fault.UNSAFE:
-                raise SuperbedError(4, "图片违规")
+        if (broken := _broken(fault)) is not None:
+            return broken
+        if fault is Fault.UNSAFE:
+            raise SuperbedError(4, "图片违规")
         kept = {name: self._keep(content) for name, content in files.items()}
-        if fault is Fault.RESET and request.transport is not None:
-            request.transport.abort()
-        if fault is Fault.TIMEOUT:
-            await asyncio.Event().wait()  # until the caller is gone
+        await _leave(request, fault)
         links = {name: f"{request.url.origin()}/superbed/item/{item}" for name, item in kept.items()}
         if set(links) == {"file"}:
             return web.json_response({"err": 0, "url": links["file"]})
@@ -135,8 +129,26 @@ class _Api:
             body = None
         if not isinstance(body, dict) or not body.get("token") or not isinstance(body.get("urls"), list):
             return web.json_response({"err": 1, "msg": "token 无效"})
-        for link in body["urls"]:
-            self._items.pop(str(link).rpartition("/")[2], None)
+        if str(body["token"]).startswith("older"):
+            return web.Response(status=404, text="Not Found")
+        names = [str(link).rpartition("/")[2] for link in body["urls"]]
+        return await self._deleted(request, str(body["token"]), names)
+
+    async def info(self, request: web.Request) -> web.Response:
+        """POST /superbed/info/<id> {token, action=delete}: the older way."""
+        form, item = await request.post(), request.match_info["id"]
+        if not form.get("token") or form.get("action") != "delete":
+            return web.json_response({"err": 1, "msg": "token 无效"})
+        names = [name for name in self._items if name.partition(".")[0] == item]
+        return await self._deleted(request, str(form["token"]), names)
+
+    async def _deleted(self, request: web.Request, token: str, names: list[str]) -> web.Response:
+        fault = self._fault(token, {name: name.encode() for name in names})
+        if (broken := _broken(fault)) is not None:
+            return broken
+        for name in names:
+            self._items.pop(name, None)
+        await _leave(request, fault)
         return web.json_response({"err": 0})
 
     async def item(self, request: web.Request) -> web.Response:
@@ -152,6 +164,26 @@ class _Api:
         if name not in self._items:
             return web.Response(status=404, text="Not Found")
         return web.Response(body=self._items[name], content_type=_TYPES[name.rpartition(".")[2]])
+
+
+def _broken(fault: Fault | None) -> web.Response | None:
+    """What comes instead of an answer, before anything is done."""
+    match fault:
+        case Fault.RATE_LIMITED:
+            return web.Response(status=429, text="Too Many Requests", headers={"Retry-After": "1"})
+        case Fault.ERROR:
+            return web.Response(status=500, text="Internal Server Error")
+        case Fault.HTML:
+            return web.Response(status=502, text="<html><title>502 Bad Gateway</title></html>", content_type="text/html")
+    return None
+
+
+async def _leave(request: web.Request, fault: Fault | None) -> None:
+    """Nobody hears what was done."""
+    if fault is Fault.RESET and request.transport is not None:
+        request.transport.abort()
+    if fault is Fault.TIMEOUT:
+        await asyncio.Event().wait()  # until the caller is gone
 
 
 async def _form(request: web.Request) -> _Upload:

@@ -54,8 +54,8 @@ class UploadStage:
 
     async def run(self, attempt: Attempt) -> Done:
         """
-        Raises what the store and the provider's server raise, UnsupportedImageError for an artifact that is no image, and
-        SourceUnavailableError for a download that is none.
+        Raises what the store and the provider's server raise, UnsupportedImageError for an artifact that is no image and for a
+        link that is not to be followed, and SourceUnavailableError for a download that is no image.
         """
         order_id, index = attempt.job.args["order_id"], attempt.job.args["image"]
         image = await self._orders.load_image(order_id, index)
@@ -67,21 +67,26 @@ class UploadStage:
             raise ArtifactMissingError("the provider's link to this image is gone")
         work_key = image.locator.removeprefix(ARTIFACT_SCHEME) if image.locator.startswith(ARTIFACT_SCHEME) else None
         spool = self._spool()
+        maker = image.provider or "the provider"
         if work_key is None:
             try:
                 await fetched(lambda url: self._fetch(url, spool), image.locator)
             except DownloadRefusedError as error:
                 return await self._ask_again(order_id, image, str(error))
+            except InvalidOrderError as error:
+                raise UnsupportedImageError(f"{maker} gave a link that is not followed: {error}") from error
         else:
             await self._store.get_to_file(work_key, spool, max_bytes=self._max_image_bytes)
         try:
             async with self._decoding:
                 facts = await asyncio.to_thread(lambda: self._inspect(spool.opened()))
         except UnsupportedImageError as error:
+            # Not the customer's photo, which the same words are used of.
+            told = f"{maker} sent an image that cannot be used: {error}"
             if work_key is not None:
-                raise
+                raise UnsupportedImageError(told) from error
             # It is paid for, and what came was perhaps cut short on its way: fetched once more it may be whole.
-            raise SourceUnavailableError(str(error)) from error
+            raise SourceUnavailableError(told) from error
         digest = spool.sha256
         if work_key is not None and digest[:16] not in work_key:
             raise ArtifactMissingError(f"the bytes under {work_key} are not those that were generated")

@@ -26,11 +26,13 @@ from jobdaemon.providers.dashscope.models import ROUTES
 from jobdaemon.providers.jimeng.provider import PHOTO_BOUNDS as JIMENG
 from jobdaemon.providers.photo_fit import FITTED_SIDE_PX, FittedLinks, PhotoBounds, PhotoFitter
 from jobdaemon.providers.photo_links import InlineLinks, StoreLinks, SuperbedLinks
+from jobdaemon.providers.superbed import Superbed
 from jobdaemon.sandbox import Behaviour, Sandbox
 from jobdaemon.settings_generate import DashScopeSettings, JimengSettings, SuperbedSettings
 from jobdaemon.storage.r2 import R2Store
 from tests.conformance.provider_promises import Bench, outcome
 from tests.conformance.test_providers import SERVICES
+from tests.fakes import FakeUploaded
 
 WAN25 = ROUTES["wan2.5-i2i"].photo
 _POLL = timedelta(milliseconds=5)
@@ -351,7 +353,7 @@ async def client(sandbox: Sandbox) -> AsyncIterator[GuardedClient]:
 
 def superbed(sandbox: Sandbox, client: GuardedClient) -> SuperbedLinks:
     section = {"url": f"{sandbox.url}/superbed/upload", "token": "superbed-token"}
-    return SuperbedLinks(SuperbedSettings.model_validate(section), client)
+    return SuperbedLinks(Superbed(SuperbedSettings.model_validate(section), client), FakeUploaded())
 
 
 def jimeng_at(sandbox: Sandbox, client: GuardedClient, photo: str) -> jimeng.JimengProvider:
@@ -436,7 +438,7 @@ async def test_a_link_is_given_for_an_hour(sandbox: Sandbox, client: GuardedClie
     links, source = superbed(sandbox, client), Source(picture(400, 400))
     first = await links.link(source.artifact, source.load)
     assert await links.link(source.artifact, source.load) == first
-    monkeypatch.setattr(photo_links, "_REUSED_S", 0.0)
+    monkeypatch.setattr(photo_links, "_REUSED", timedelta(0))
     assert await links.link(source.artifact, source.load) != first
     assert source.loads == 2
 

@@ -28,13 +28,15 @@ from jobdaemon.errors import (
 )
 from jobdaemon.http import Answer, GuardedClient
 from jobdaemon.providers.dashscope import DashScopeProvider
-from jobdaemon.providers.photo_links import InlineLinks, StoreLinks, SuperbedLinks, link_in, one_at_a_time
+from jobdaemon.providers.photo_links import InlineLinks, StoreLinks, SuperbedLinks, one_at_a_time
+from jobdaemon.providers.superbed import Superbed, link_in
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import load_settings
 from jobdaemon.settings_generate import DashScopeSettings, SuperbedSettings
 from jobdaemon.storage.files import FilesStore
 from jobdaemon.storage.r2 import R2Store
 from tests.conformance.provider_promises import outcome, wanted
+from tests.fakes import FakeUploaded
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(200)
 TOKEN = "superbed-token-0123456789"
@@ -127,9 +129,8 @@ def make(sandbox: Sandbox, client: GuardedClient) -> Make:
     """Makes links at the sandbox's Superbed."""
 
     def make(token: str = TOKEN, **chosen: Any) -> SuperbedLinks:
-        return SuperbedLinks(
-            SuperbedSettings.model_validate({"url": f"{sandbox.url}/superbed/upload", "token": SecretStr(token)} | chosen), client
-        )
+        section = {"url": f"{sandbox.url}/superbed/upload", "token": SecretStr(token)} | chosen
+        return SuperbedLinks(Superbed(SuperbedSettings.model_validate(section), client), FakeUploaded())
 
     return make
 
@@ -182,19 +183,6 @@ async def test_a_failed_upload_is_tried_by_the_next(make: Make, sandbox: Sandbox
     assert uploads(sandbox)["calls"] <= 2
 
 
-async def test_few_links_are_remembered(make: Make, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory is bounded: the photo that was wanted longest ago is forgotten first."""
-    monkeypatch.setattr("jobdaemon.providers.photo_links._REMEMBERED", 2)
-    sandbox.behaviour.latency_s = 0.0
-    links = make()
-    contents = [PNG + bytes([number]) for number in range(3)]
-    for content in (contents[0], contents[1], contents[0], contents[2], contents[0]):
-        await links.link(photo(content), loading(content))
-    assert uploads(sandbox)["calls"] == 3
-    await links.link(photo(contents[1]), loading(contents[1]))
-    assert uploads(sandbox)["calls"] == 4
-
-
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
@@ -234,7 +222,7 @@ LINK = "https://pic.superbed.cn/item/0123456789abcdef01234567.jpg"
 )
 def test_the_link_is_found_in_any_form(body: Any) -> None:
     """One link, several by name, or a list."""
-    assert link_in(answer(body), secret=TOKEN) == LINK
+    assert link_in(answer(body), TOKEN) == LINK
 
 
 @pytest.mark.parametrize(
@@ -259,7 +247,7 @@ def test_the_link_is_found_in_any_form(body: Any) -> None:
 def test_what_superbed_says_has_a_kind(body: Any, status: int, error: type[JobdaemonError]) -> None:
     """A refusal is permanent, an outage and nonsense are not; a refused token is the operator's, and never shown."""
     with pytest.raises(JobdaemonError) as caught:
-        link_in(answer(body, status), secret=TOKEN)
+        link_in(answer(body, status), TOKEN)
     assert type(caught.value) is error
     assert TOKEN not in str(caught.value)
 
@@ -267,7 +255,7 @@ def test_what_superbed_says_has_a_kind(body: Any, status: int, error: type[Jobda
 def test_superbed_needs_a_token(client: GuardedClient) -> None:
     """Without one nothing can be uploaded, and that is said at the start."""
     with pytest.raises(SettingsError, match=r"superbed\.token"):
-        SuperbedLinks(SuperbedSettings(), client)
+        Superbed(SuperbedSettings(), client)
 
 
 # ---------------------------------------------------------------- the choice
@@ -278,14 +266,14 @@ async def test_the_settings_choose(client: GuardedClient, tmp_path: Any, s3_url:
     environ = {"JOBDAEMON_DATA_DIR": str(tmp_path), "JOBDAEMON_SUPERBED__TOKEN": TOKEN}
     settings = load_settings(environ=environ)
     folder = FilesStore(tmp_path / "artifacts")
-    assert isinstance(photo_links(settings, "inline", client, folder), InlineLinks)
-    assert isinstance(photo_links(settings, "superbed", client, folder), SuperbedLinks)
+    assert isinstance(photo_links(settings, "inline", client, folder, None), InlineLinks)
+    assert isinstance(photo_links(settings, "superbed", client, folder, None), SuperbedLinks)
     with pytest.raises(SettingsError, match="folder"):
-        photo_links(settings, "store", client, folder)
+        photo_links(settings, "store", client, folder, None)
     r2 = {"ENDPOINT_URL": s3_url, "BUCKET": "photos", "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}
     environ |= {"JOBDAEMON_STORE__KIND": "r2"} | {f"JOBDAEMON_STORE__R2__{name}": value for name, value in r2.items()}
     bucket = R2Store(s3_url, "photos", "key", "secret")
-    links = photo_links(load_settings(environ=environ), "store", client, bucket)
+    links = photo_links(load_settings(environ=environ), "store", client, bucket, None)
     assert (await links.link(photo(), unloadable)).startswith(f"{s3_url}/photos/work/1/")
     await bucket.close()
     await folder.close()

@@ -318,14 +318,14 @@ async def test_an_id_that_is_none_of_ours_is_over(rig: Rig) -> None:
 
 
 async def test_a_server_that_died_with_its_prompt_is_left_for_another(rig: Rig) -> None:
-    """A resumed call whose server is silent goes elsewhere if it can, else it is kept and tried again."""
+    """A resumed call whose server is silent goes elsewhere if it can, else it is kept and tried again: an outage as any other."""
     dead, request = _closed_url(), _request(1)
     task_id = f"0b8e8e4e-0000-4000-8000-000000000000@{dead}"
     seen = await _seen(rig.provider(dead, rig.url()), _resumed(request, task_id))
     assert seen.error is None
     assert seen.kinds == ["TaskOver", "Submitting", "TaskAccepted", "ImageMade"]
     alone = await _seen(rig.provider(dead), _resumed(request, task_id))
-    assert isinstance(alone.error, ProviderUnavailableError)
+    assert type(alone.error) is ProviderUnavailableError
     assert alone.events == []
 
 

@@ -45,6 +45,7 @@ from jobdaemon.providers.inline import InlineImages
 from jobdaemon.providers.jimeng import JimengProvider, KeyPair
 from jobdaemon.providers.jimeng.answers import GATEWAY_KINDS, KINDS, VERDICTS, end_in, told_in
 from jobdaemon.providers.photo_links import InlineLinks, SuperbedLinks
+from jobdaemon.providers.superbed import Superbed
 from jobdaemon.providers.wire import Kind
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import load_settings
@@ -53,6 +54,7 @@ from jobdaemon.spool import Spool
 from jobdaemon.storage.files import FilesStore
 from tests.conformance.provider_promises import MAX_IMAGE_BYTES, Outcome, content_of, hostile, outcome, wanted
 from tests.daemons import until
+from tests.fakes import FakeUploaded
 
 API = "jimeng"
 KEYS = KeyPair("AKjimeng-test", "SKjimeng-test==")
@@ -266,7 +268,7 @@ def make(sandbox: Sandbox, client: GuardedClient) -> Make:
             settings,
             keys={"default": KEYS} if keys is None else keys,
             client=client,
-            links=InlineLinks() if settings.photo == "inline" else SuperbedLinks(superbed, client),
+            links=InlineLinks() if settings.photo == "inline" else SuperbedLinks(Superbed(superbed, client), FakeUploaded()),
             max_image_bytes=MAX_IMAGE_BYTES,
             clock=clock or (lambda: datetime.now(UTC)),
         )
@@ -540,11 +542,27 @@ async def test_the_alias_picks_the_key(make: Make, sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("minutes", [10, -10])
 async def test_a_clock_ten_minutes_off(make: Make, sandbox: Sandbox, minutes: int) -> None:
-    """A machine whose clock is wrong is told so; nothing is bought, no key is blamed."""
-    provider = make(clock=lambda: datetime.now(UTC) + timedelta(minutes=minutes))
+    """A machine whose clock is wrong is told so once; nothing is bought, no key is blamed; the next call has the right time."""
+    off = timedelta(minutes=minutes)
+    provider = make(clock=lambda: datetime.now(UTC) + off)
+    for seen in await asyncio.gather(*(outcome(provider, wanted(provider)) for _ in range(2))):
+        assert type(seen.error) is ProviderUnavailableError
+        assert "the clock of this machine is off by about 10 min" in str(seen.error)
+    assert bought(sandbox) == 0
+    assert (await outcome(provider, wanted(provider))).error is None
+    off = timedelta(0)  # somebody sets it right
     seen = await outcome(provider, wanted(provider))
     assert type(seen.error) is ProviderUnavailableError
-    assert "the clock of this machine is off by about 10 min" in str(seen.error)
+    assert (await outcome(provider, wanted(provider))).error is None
+
+
+async def test_a_refused_key_is_none_of_the_clock_s(make: Make, sandbox: Sandbox) -> None:
+    """With a clock that is off the first answer may be its fault; once that is made up for, a wrong secret is called so."""
+    keys = {"a": KeyPair("AKwrong", "SKnot-this-one==")}
+    provider = make(keys=keys, clock=lambda: datetime.now(UTC) + timedelta(minutes=10))
+    first, second = [(await outcome(provider, wanted(provider))).error for _ in range(2)]
+    assert type(first) is ProviderUnavailableError
+    assert type(second) is KeyRefusedError
     assert bought(sandbox) == 0
 
 

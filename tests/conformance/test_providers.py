@@ -23,6 +23,7 @@ from tests.conformance.provider_promises import (
     Make,
     Service,
 )
+from tests.fakes import FakeUploaded
 
 #: How often a task is asked for, and how long.
 _POLL, _PATIENCE = timedelta(milliseconds=5), timedelta(seconds=5)
@@ -89,6 +90,7 @@ def _jimeng(bench: Bench) -> Provider:
     """The newest model, which gets the photo from Superbed and gives links."""
     from jobdaemon.providers.jimeng import JimengProvider, KeyPair
     from jobdaemon.providers.photo_links import SuperbedLinks, one_at_a_time
+    from jobdaemon.providers.superbed import Superbed
     from jobdaemon.settings_generate import JimengSettings, SuperbedSettings
 
     superbed = SuperbedSettings(url=f"{bench.url}/superbed/upload", token=SecretStr(SECRET))
@@ -96,7 +98,7 @@ def _jimeng(bench: Bench) -> Provider:
         JimengSettings(base_url=bench.url, photo="superbed", poll=_POLL, task_timeout=_PATIENCE),
         keys={"default": KeyPair(f"AK{SECRET[2:-2]}", SECRET)},
         client=bench.client,
-        links=one_at_a_time(SuperbedLinks(superbed, bench.client)),
+        links=one_at_a_time(SuperbedLinks(Superbed(superbed, bench.client), FakeUploaded())),
         max_image_bytes=MAX_IMAGE_BYTES,
     )
 

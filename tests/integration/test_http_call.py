@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
 import struct
 import traceback
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -165,8 +167,12 @@ async def test_a_redirect_is_an_answer_and_not_followed(server: Server, client: 
         server.act = answering(
             f"HTTP/1.1 307 Temporary Redirect\r\nLocation: {target}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
         )
-        assert (await call(client, server.url)).status == 307
+        answer = await call(client, server.url)
+        assert answer.status == 307
         assert server.connections == before + 1
+        with pytest.raises(ProviderUnavailableError, match="answered 307, a redirect, which is not followed") as caught:
+            answer.json()
+        assert target not in str(caught.value)
 
 
 # ---------------------------------------------------------------- what does not
@@ -191,6 +197,40 @@ async def test_an_answer_beyond_its_bound_is_given_up(head: bytes, server: Serve
         await call(client, server.url)
     server.act = answering(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n" + b"x" * 1000)
     assert len((await call(client, server.url)).content) == 1000
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["declared", "chunked"])
+async def test_what_was_given_up_is_not_kept(chunked: bool, server: Server, client: GuardedClient) -> None:
+    """An error that somebody keeps holds nothing of the body it is about; one that is declared too large is not even read."""
+    size_bytes, sent_bytes = 8 * 1024 * 1024, 0
+
+    async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent_bytes
+        await reader.readuntil(b"\r\n\r\n")
+        head = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % (4 * size_bytes)
+        writer.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")
+        block = b"x" * 65_536
+        for _ in range(4 * size_bytes // len(block)):
+            writer.write(b"10000\r\n" + block + b"\r\n" if chunked else block)
+            await writer.drain()
+            sent_bytes += len(block)
+
+    server.act = send
+    kept = []
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(4):
+            with pytest.raises(AnswerLostError, match="more than") as caught:
+                await client.call("POST", server.url, content=b"{}", max_bytes=size_bytes, timeout=SOON)
+            kept.append(caught.value)
+        assert tracemalloc.get_traced_memory()[0] < size_bytes
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    # What was on its way when the connection was cut, on loopback.
+    assert chunked or sent_bytes < 4 * size_bytes
 
 
 async def test_no_answer_in_time_is_a_lost_one(server: Server, client: GuardedClient) -> None:

@@ -19,6 +19,7 @@ from jobdaemon.domain.artifact import source_key
 from jobdaemon.domain.order import NewOrder
 from jobdaemon.enqueue import enqueue
 from jobdaemon.events import DaemonReady, Events
+from jobdaemon.ports import ArtifactStore
 from jobdaemon.sandbox import Behaviour, Sandbox, parse_faults
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import until
@@ -82,10 +83,10 @@ class Order:
         self._connection = psycopg.connect(url, autocommit=True, row_factory=dict_row)
         self.id = 0
 
-    async def place(self, daemon: Daemon, *prompts: str) -> None:
+    async def place(self, artifacts: ArtifactStore, *prompts: str) -> None:
         content = PORTRAIT.read_bytes()
         key = source_key(hashlib.sha256(content).hexdigest(), "png")
-        await daemon.artifacts.put(key, content, "image/png")
+        await artifacts.put(key, content, "image/png")
         wanted = prompts or ("by a window", "in a wood")
         order = NewOrder(plan="Start", source=f"artifact:{key}", prompts=wanted, images=4, provider=API)
         self.id = enqueue(self._connection, order).order_id
@@ -122,7 +123,7 @@ async def test_an_order_completes(database: str, order: Order, tmp_path: Path) -
     """Four images are four tasks, each noted and bought once; the photo, which the service fetches, is uploaded once."""
     async with Sandbox(Behaviour(latency_s=0.05)) as sandbox:
         async with daemon(settings_for(sandbox, tmp_path), database) as running:
-            await order.place(running)
+            await order.place(running.artifacts)
             await until(order.has_ended, timeout_s=60)
         report = sandbox.report()["apis"]
     assert order.status() == "completed"
@@ -140,7 +141,7 @@ async def test_a_daemon_cut_off_in_its_tasks_buys_nothing_twice(database: str, o
     async with Sandbox(Behaviour(latency_s=0.5)) as sandbox:
         settings = settings_for(sandbox, tmp_path)
         async with daemon(settings, database) as running:
-            await order.place(running)
+            await order.place(running.artifacts)
             await until(lambda: sum(call["external_task_id"] is not None for call in order.calls()) >= 2, timeout_s=60)
         assert not order.has_ended()
         async with daemon(settings, database):
@@ -154,7 +155,7 @@ async def test_a_daemon_cut_off_in_its_tasks_buys_nothing_twice(database: str, o
 async def test_refused_images_fail_alone(database: str, order: Order, tmp_path: Path) -> None:
     """A prompt that is refused by its task ends its images with the service's reason, and the others complete."""
     async with Sandbox(Behaviour(latency_s=0.02)) as sandbox, daemon(settings_for(sandbox, tmp_path), database) as running:
-        await order.place(running, "by a window", "sandbox:result=50413")
+        await order.place(running.artifacts, "by a window", "sandbox:result=50413")
         await until(order.has_ended, timeout_s=60)
     assert order.status() == "partial"
     failed = [image for image in order.images() if image["status"] == "failed"]
@@ -166,7 +167,7 @@ async def test_faults_cost_attempts_and_no_images(database: str, order: Order, t
     """Limits, failed and expired tasks, broken answers and expired links are got over."""
     async with Sandbox(Behaviour(latency_s=0.02, faults=parse_faults("mixed=0.3", seed=2))) as sandbox:
         async with daemon(settings_for(sandbox, tmp_path), database) as running:
-            await order.place(running)
+            await order.place(running.artifacts)
             await until(order.has_ended, timeout_s=60)
         assert sandbox.report()["apis"][API]["faults"]
     assert order.status() == "completed"

@@ -16,6 +16,7 @@ from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.outcome import End, Signal, Transition, Verdict
 from jobdaemon.domain.write import OrderStarted
+from jobdaemon.queue.photo_links import DeletionRules
 from jobdaemon.queue.store import PostgresJobStore
 from tests.factories import PLANS, QUEUES, SOURCE, Sql, prewarmed
 
@@ -24,6 +25,7 @@ TABLES = (
     "cache",
     "cache_counts",
     "prewarmed",
+    "photo_links",
     "plans",
     "queues",
     "orders",
@@ -185,6 +187,21 @@ async def test_daemon_keeps_prewarmed_photos(login: Callable[[str], str], sql: S
         assert await store.prewarmed.trim(timedelta(seconds=1), 1, 1) == 0
         assert list(await store.prewarmed.dropped(1)) == [found.id]
         await store.prewarmed.remove([found.id])
+    finally:
+        await store.close()
+
+
+async def test_daemon_keeps_photo_links(login: Callable[[str], str]) -> None:
+    """The daemon's role notes where photos lie, finds and deletes them."""
+    store = PostgresJobStore(DatabaseAddress(login("jobdaemon_daemon")))
+    links, photo, hour = store.photo_links, "work/7/photo.jpg", timedelta(hours=1)
+    try:
+        await links.note(photo, "https://bed.example/1")
+        assert await links.find(photo, max_age=hour) is not None
+        assert await links.forget(photo)
+        [left] = await links.begin_deletions(1, DeletionRules())
+        await links.deletion_failed(left.id, "away")
+        await links.end_deletion(left.link)
     finally:
         await store.close()
 

@@ -19,8 +19,10 @@ from pydantic import SecretStr
 from jobdaemon.http import GuardedClient
 from jobdaemon.providers.jimeng import JimengProvider, KeyPair
 from jobdaemon.providers.photo_links import InlineLinks, SuperbedLinks
+from jobdaemon.providers.superbed import Superbed
 from jobdaemon.settings_generate import JimengSettings, SuperbedSettings
 from tests.conformance.provider_promises import content_of, outcome, wanted
+from tests.fakes import FakeUploaded
 
 pytestmark = pytest.mark.live
 
@@ -45,7 +47,7 @@ async def test_one_real_image(req_key: str) -> None:
         settings,
         keys={"live": KeyPair(_ID, _SECRET)},
         client=client,
-        links=InlineLinks() if is_inline else SuperbedLinks(superbed, client),
+        links=InlineLinks() if is_inline else SuperbedLinks(Superbed(superbed, client), FakeUploaded()),
         max_image_bytes=50 * 1024 * 1024,
     )
     seen = await outcome(provider, wanted(provider, prompt="A red square on a white wall, as a drawing.", at_most=1))

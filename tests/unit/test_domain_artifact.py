@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobdaemon.domain.artifact import MAX_KEY_BYTES, beautified_key, generated_key, image_key, is_valid_key, source_key
+from jobdaemon.domain.artifact import (
+    MAX_KEY_BYTES,
+    beautified_key,
+    fitted_key,
+    generated_key,
+    image_key,
+    is_valid_key,
+    order_of,
+    source_key,
+)
 
 
 @pytest.mark.parametrize("key", ["a", "orders/1/001-ab.jpg", "a=b/c_d-e.f", "...", "a/..b", "x" * MAX_KEY_BYTES])
@@ -42,3 +51,12 @@ def test_our_own_keys_are_good(order_id: int, index: int) -> None:
     assert image_key(order_id, index, digest, "image/jpeg") != image_key(order_id, index, other, "image/jpeg")
     assert image_key(1, 2, digest, "image/webp") == f"orders/1/002-{digest[:16]}.webp"
     assert image_key(1, 2, digest, "what/ever").endswith(".bin")
+
+
+@pytest.mark.parametrize("key", ["sources/ab/abcd.jpg", "orders/7/001-ab.png", "work/x/a.jpg", "work", ""])
+def test_a_key_of_no_work_has_no_order(key: str) -> None:
+    """Photos, copies of them and raw images name their order by their key; anything else names none."""
+    photo = beautified_key(17, "ab" * 32)
+    assert {order_of(photo), order_of(fitted_key(photo, 4096, "cd" * 32))} == {17}
+    with pytest.raises(ValueError, match="no order's"):
+        order_of(key)

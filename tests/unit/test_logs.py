@@ -181,6 +181,8 @@ def test_fields_are_masked(lines: Lines) -> None:
         ("Bearer hunter2hunter2 was refused", "was refused"),
         ("GET https://h/p.jpg?Expires=1&Signature=hunter2 failed", "GET https://h/p.jpg?******** failed"),
         ("(https://h/p.jpg?sig=hunter2)", "https://h/p.jpg?"),
+        ("SignedHeaders=host;x-date, Signature=hunter2 [SignatureDoesNotMatch]", "[SignatureDoesNotMatch]"),
+        ("/a.png?X-Tos-Signature=hunter2", "/a.png?X-Tos-Signature="),
         ("postgres://u:hun@ter2hunter2@h:5/d", "postgres://u:********@h:5/d"),
         ("postgres://u:hunter2/x@h:5/d", "@h:5/d"),
         ("password=hunter2 host=h", "host=h"),

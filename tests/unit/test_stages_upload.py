@@ -140,6 +140,28 @@ async def test_what_is_no_whole_image_is_not_stored(
     assert store.objects == objects
 
 
+@pytest.mark.parametrize("locator", [f"artifact:{WORK_KEY}", "https://p.example/garbage"])
+async def test_the_provider_is_named_for_what_it_sent(locator: str) -> None:
+    """What is wrong with an image is not mistaken for what is wrong with the customer's photo."""
+    image = replace(image_row(1, status="generated", locator=locator), provider="jimeng")
+    orders = FakeOrders(images=[image])
+    with pytest.raises((UnsupportedImageError, SourceUnavailableError), match=r"^jimeng sent an image that cannot be used: "):
+        await _stage(orders, FakeArtifacts({WORK_KEY: b"garbage"}), fetched=b"garbage").run(FakeAttempt(JOB, orders))
+
+
+async def test_a_link_that_leads_inwards_is_the_provider_s() -> None:
+    """A link, or where it redirects to, that is not fetched ends the image at once, with who gave it: no order was wrong."""
+    orders = FakeOrders(images=[replace(image_row(1, status="generated", locator="https://p.example/a"), provider="jimeng")])
+
+    async def fetch(url: str, spool: Spool) -> None:
+        raise InvalidOrderError("https://169.254.169.254/ is not a public address.")
+
+    stage = _stage(orders, FakeArtifacts())
+    stage._fetch = fetch
+    with pytest.raises(UnsupportedImageError, match=r"^jimeng gave a link that is not followed: .* not a public address"):
+        await stage.run(FakeAttempt(JOB, orders))
+
+
 async def test_an_unknown_image_is_permanent() -> None:
     """A job for an image that the order does not have."""
     orders = FakeOrders(images=[image_row(2)])

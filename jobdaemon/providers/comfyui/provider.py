@@ -142,7 +142,10 @@ class ComfyUIProvider:
                         continue
                     place.queued()
                     yield TaskAccepted(_task_id(server, socket.prompt_id))
-                    end = await self._followed(server, socket, is_new=True)
+                    try:
+                        end = await self._followed(server, socket, is_new=True)
+                    except _SilentServerError as error:
+                        raise ProviderUnavailableError(str(error)) from error
             if end is None:
                 yield TaskOver()
                 raise ProviderUnavailableError(f"{NAME}: {server.url} lost the prompt: was it restarted, or its queue cleared?")
@@ -192,10 +195,10 @@ class ComfyUIProvider:
         async with server.listening(prompt_id) as socket:
             try:
                 end = await self._followed(server, socket, is_new=False)
-            except _SilentServerError:
+            except _SilentServerError as error:
                 if await self._pool.is_any_up(without=server):
                     return None
-                raise
+                raise ProviderUnavailableError(str(error)) from error
         return None if end is None else (server, end)
 
     async def _followed(self, server: ComfyServer, socket: PromptSocket, *, is_new: bool) -> Finished | None:

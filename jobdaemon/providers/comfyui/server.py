@@ -26,8 +26,8 @@ from jobdaemon.providers.comfyui.sockets import PromptSocket, Sockets
 from jobdaemon.providers.wire import media_type_of
 from jobdaemon.spool import Spool
 
-#: The queue and the history repeat whole workflows.
-_MAX_JSON_BYTES = 32 * 1024 * 1024
+#: The queue and the history repeat whole workflows. Ten calls may be told as much at once, and a daemon has 400 MB.
+_MAX_JSON_BYTES = 16 * 1024 * 1024
 _MAX_PROBE_BYTES = 64 * 1024
 #: Longer than this to tell its load, and a server is taken to be down.
 _PROBE_TIMEOUT = timedelta(seconds=5)

@@ -91,11 +91,13 @@ class Told:
         code: the service's own; None when something in front of it answered.
         data: of a good answer; empty where it has none.
         error: what another one means.
+        drift: by how much the service's clock is ahead of the time that the request was signed with, where that was refused.
     """
 
     code: int | None
     data: Mapping[str, Any] = field(default_factory=dict)
     error: Exception | None = None
+    drift: timedelta | None = None
 
     @property
     def is_verdict(self) -> bool:
@@ -118,7 +120,7 @@ def told_in(answer: Answer, *, is_submit: bool, pair: KeyPair, now: datetime) ->
     Args:
         is_submit: whether it answers a request that costs money: then what cannot be read is lost.
         pair: signed the request; kept out of errors.
-        now: this machine's clock, aware.
+        now: what the request was signed with, aware.
     """
     try:
         body = answer.json()
@@ -127,7 +129,10 @@ def told_in(answer: Answer, *, is_submit: bool, pair: KeyPair, now: datetime) ->
     body = body if isinstance(body, dict) else {}
     metadata = body.get("ResponseMetadata")
     if isinstance(metadata, dict) and isinstance(told := metadata.get("Error"), dict):
-        return Told(None, error=_gateway_error(told, answer, metadata, is_submit=is_submit, pair=pair, now=now))
+        drift = _drift(answer, now)
+        if _is_the_clock(told, answer, drift, is_submit=is_submit):
+            return Told(None, error=_clock_error(drift), drift=drift)
+        return Told(None, error=_gateway_error(told, answer, metadata, is_submit=is_submit, pair=pair))
     code = _whole(body.get("code"))
     asked = body.get("request_id")
     if code is None:
@@ -145,29 +150,46 @@ def _unread(answer: Answer, *, is_submit: bool) -> Kind:
     return kind_of_status(answer.status, is_submit=is_submit)
 
 
-def _gateway_error(
-    told: Mapping[str, Any], answer: Answer, metadata: Mapping[str, Any], *, is_submit: bool, pair: KeyPair, now: datetime
-) -> Exception:
-    code = str(told.get("Code") or "")
-    kind = GATEWAY_KINDS.get(code, kind_of_status(answer.status, is_submit=is_submit))
-    off = _clock_error(answer, now)
-    if code == _CLOCK or (kind is Kind.KEY and off is not None and off > _CLOCK_TOLERANCE):
-        by = "" if off is None else f" by about {round(off.total_seconds() / 60)} min"
+def _gateway_kind(told: Mapping[str, Any], answer: Answer, *, is_submit: bool) -> Kind:
+    return GATEWAY_KINDS.get(str(told.get("Code") or ""), kind_of_status(answer.status, is_submit=is_submit))
+
+
+def _is_the_clock(told: Mapping[str, Any], answer: Answer, drift: timedelta | None, *, is_submit: bool) -> bool:
+    """Whether the gateway refused the time that the request was signed with, whatever it calls that."""
+    if told.get("Code") == _CLOCK:
+        return True
+    is_key = _gateway_kind(told, answer, is_submit=is_submit) is Kind.KEY
+    return is_key and drift is not None and abs(drift) > _CLOCK_TOLERANCE
+
+
+def _clock_error(drift: timedelta | None) -> Exception:
+    if drift is None:
         return ProviderUnavailableError(
-            f"{NAME}: the clock of this machine is off{by}, and the service accepts no request until it is right"
+            f"{NAME}: the clock of this machine is off, and the service accepts no request until it is right"
         )
+    by = round(abs(drift).total_seconds() / 60)
+    return ProviderUnavailableError(
+        f"{NAME}: the clock of this machine is off by about {by} min: set it right; until then the service's is used"
+    )
+
+
+def _gateway_error(
+    told: Mapping[str, Any], answer: Answer, metadata: Mapping[str, Any], *, is_submit: bool, pair: KeyPair
+) -> Exception:
+    kind = _gateway_kind(told, answer, is_submit=is_submit)
     if kind is Kind.LOST and not is_submit:
         kind = Kind.RETRY
+    code = str(told.get("Code") or "")
     return _error(kind, answer, metadata.get("RequestId"), f"{told.get('Message') or 'no reason given'} [{code[:60]}]", pair)
 
 
-def _clock_error(answer: Answer, now: datetime) -> timedelta | None:
-    """How far this machine's clock is from the one that answered."""
+def _drift(answer: Answer, now: datetime) -> timedelta | None:
+    """How far ahead of *now* the clock is that answered."""
     try:
         there = parsedate_to_datetime(answer.headers.get("date", ""))
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
-    return abs(now - (there if there.tzinfo else there.replace(tzinfo=UTC)))
+    return (there if there.tzinfo else there.replace(tzinfo=UTC)) - now
 
 
 def _error(kind: Kind, answer: Answer, asked: object, message: str, pair: KeyPair) -> Exception:
