@@ -85,6 +85,12 @@ def _clear_up_after_killed_sessions() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """On another Postgres a module that is about the newest as a whole is not even imported: that takes seconds for nothing."""
+    is_module = _OTHER_BIN_DIR and collection_path.suffix == ".py"
+    return True if is_module and "\npytestmark = pytest.mark.newest_postgres\n" in collection_path.read_text("utf-8") else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On another Postgres only what depends on it runs again: tests that use it, but for those that it tells nothing new."""
     if not _OTHER_BIN_DIR:
