@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -179,7 +180,7 @@ class GuardedClient:
         self._proxied = proxy is not None
         #: For providers: ``httpx.AsyncClient(transport=…)`` gets the same pool and guard. Closed by :meth:`close` only.
         self.transport: httpx.AsyncBaseTransport = _Transport(
-            _pool(self._allowed, proxy, max_connections, ssl_context or httpx.create_ssl_context(trust_env=False))
+            _pool(self._allowed, proxy, max_connections, ssl_context or _usual_authorities())
         )
 
     async def download(self, url: str, *, max_bytes: int, timeout: timedelta) -> Downloaded:  # noqa: ASYNC109 - one for all hops
@@ -492,6 +493,12 @@ def _judge_literal(host: str) -> None:
         return  # a name: the proxy resolves it
     if not all(is_public_address(str(address[0])) for *_, address in found):
         raise InvalidOrderError(f"{host} is not a public address.")
+
+
+@cache
+def _usual_authorities() -> ssl.SSLContext:
+    """Shared by all clients: reading some 140 certificates holds the event loop up for 20 to 50 ms, and they stay the same."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _pool(
