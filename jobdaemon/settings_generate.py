@@ -129,6 +129,8 @@ class DashScopeSettings(Section):
         negative_prompt: what is not wanted; left out when empty.
         photo: how the service gets the photo.
         poll: how often a task is asked for.
+        polls_per_second: most questions a second of this daemon, over all its tasks. An account has 20. Source:
+            manage-asynchronous-tasks.
         task_timeout: the longest a task is waited for in one attempt.
         on_unknown_submit: after a lost answer whose task cannot be found: retry buys again, fail ends those images.
         price_per_image: what one costs, in any currency, for the view spend; left out when empty.
@@ -145,6 +147,7 @@ class DashScopeSettings(Section):
     negative_prompt: OptionalText = None
     photo: PhotoLink = "inline"
     poll: LongerThanZero = timedelta(seconds=5)
+    polls_per_second: PerSecond = 10.0
     task_timeout: LongerThanZero = timedelta(seconds=180)
     on_unknown_submit: OnUnknownSubmit = "retry"
     price_per_image: OptionalPrice = None
@@ -292,7 +295,7 @@ class PrewarmSettings(Section):
 _ONLY_HOW = {
     *("api_key", "api_key_file", "keys", "access_key_id", "access_key_id_file", "secret_access_key", "secret_access_key_file"),
     *("workspace", "images_per_call", "response_format", "photo", "servers", "threads"),
-    *("timeout", "poll", "task_timeout", "on_unknown_submit", "price_per_image"),
+    *("timeout", "poll", "polls_per_second", "task_timeout", "on_unknown_submit", "price_per_image"),
 }
 
 

@@ -365,9 +365,10 @@ def jimeng_at(sandbox: Sandbox, client: GuardedClient, photo: str) -> jimeng.Jim
 
 
 def dashscope_at(sandbox: Sandbox, client: GuardedClient, photo: str, model: str) -> dashscope.DashScopeProvider:
-    settings = DashScopeSettings.model_validate({"base_url": sandbox.url, "model": model, "photo": photo, "poll": _POLL})
+    chosen = {"base_url": sandbox.url, "model": model, "photo": photo, "poll": _POLL, "polls_per_second": 500}
+    settings = DashScopeSettings.model_validate(chosen)
     links = InlineLinks() if photo == "inline" else superbed(sandbox, client)
-    return dashscope.DashScopeProvider(settings, keys={"a": "sk-fit"}, client=client, links=links, questions_per_s=500)
+    return dashscope.DashScopeProvider(settings, keys={"a": "sk-fit"}, client=client, links=links)
 
 
 Open = Callable[[Sandbox, GuardedClient], Any]

@@ -282,8 +282,8 @@ async def test_the_settings_choose(client: GuardedClient, tmp_path: Any, s3_url:
 async def test_dashscope_takes_a_link(sandbox: Sandbox, make: Make, client: GuardedClient) -> None:
     """A provider that usually gets the photo inline gets it by a link when its section says so."""
     sandbox.behaviour.latency_s = 0.01
-    settings = DashScopeSettings(base_url=sandbox.url, photo="superbed", poll=timedelta(milliseconds=5))
-    provider = DashScopeProvider(settings, keys={"a": "sk-link"}, client=client, links=make(), questions_per_s=500)
+    settings = DashScopeSettings(base_url=sandbox.url, photo="superbed", poll=timedelta(milliseconds=5), polls_per_second=500)
+    provider = DashScopeProvider(settings, keys={"a": "sk-link"}, client=client, links=make())
     seen = await outcome(provider, wanted(provider, at_most=1))
     assert seen.error is None
     assert len(seen.made) == 1

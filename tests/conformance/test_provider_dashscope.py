@@ -88,9 +88,13 @@ def call_of(request: GenerateRequest, task_id: str | None, *, at: datetime | Non
 
 def provider_at(url: str, client: GuardedClient, **settings: Any) -> DashScopeProvider:
     """A quick one."""
-    chosen = {"poll": timedelta(milliseconds=4), "task_timeout": timedelta(seconds=5)} | settings
+    chosen: dict[str, Any] = {
+        "poll": timedelta(milliseconds=4),
+        "polls_per_second": 1000,
+        "task_timeout": timedelta(seconds=5),
+    } | settings
     section = DashScopeSettings(base_url=url, **chosen)
-    return DashScopeProvider(section, keys={"default": SECRET}, client=client, links=InlineLinks(), questions_per_s=1000)
+    return DashScopeProvider(section, keys={"default": SECRET}, client=client, links=InlineLinks())
 
 
 @dataclass(slots=True)
@@ -497,8 +501,8 @@ async def test_closing_leaves_the_task_alone(provider: DashScopeProvider, sandbo
 
 async def test_questions_keep_their_distance(scripted: Scripted, client: GuardedClient) -> None:
     """However many tasks are asked for at once, questions go out at the daemon's pace."""
-    section = DashScopeSettings(base_url=scripted.url)
-    provider = DashScopeProvider(section, keys={"a": SECRET}, client=client, links=InlineLinks(), questions_per_s=50)
+    section = DashScopeSettings(base_url=scripted.url, polls_per_second=50)
+    provider = DashScopeProvider(section, keys={"a": SECRET}, client=client, links=InlineLinks())
     scripted.polls = [(200, {"request_id": "r"})]
     began = asyncio.get_running_loop().time()
     assert await asyncio.gather(*(provider.cancel(call_of(wanted(), f"t{number}")) for number in range(5))) == [True] * 5

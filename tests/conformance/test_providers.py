@@ -77,11 +77,13 @@ def _dashscope(model: str) -> Make:
         from jobdaemon.settings_generate import DashScopeSettings
 
         settings = DashScopeSettings(
-            base_url=bench.url, model=model, poll=timedelta(milliseconds=5), task_timeout=timedelta(seconds=5)
+            base_url=bench.url,
+            model=model,
+            poll=timedelta(milliseconds=5),
+            polls_per_second=500,
+            task_timeout=timedelta(seconds=5),
         )
-        return DashScopeProvider(
-            settings, keys={"default": SECRET}, client=bench.client, links=InlineLinks(), questions_per_s=500
-        )
+        return DashScopeProvider(settings, keys={"default": SECRET}, client=bench.client, links=InlineLinks())
 
     return make
 

@@ -42,8 +42,6 @@ from jobdaemon.settings_generate import DashScopeSettings
 
 #: Of a link and of a task, from the submit on. Source: every model's reference.
 _LIFETIME = timedelta(hours=24)
-#: Asking is limited to 20 a second over all of an account's daemons. Source: manage-asynchronous-tasks.
-_QUESTIONS_PER_S = 10.0
 #: Answers are addresses and counts.
 _MAX_ANSWER_BYTES = 1024 * 1024
 _SUBMIT_TIMEOUT = timedelta(seconds=60)
@@ -66,14 +64,12 @@ class DashScopeProvider:
         keys: Mapping[str, str],
         client: GuardedClient,
         links: PhotoLinks,
-        questions_per_s: float = _QUESTIONS_PER_S,
     ) -> None:
         """
         Args:
             keys: alias -> secret; the first one serves requests that name none.
             client: shared, and left open.
             links: how the service gets the photo.
-            questions_per_s: most polls a second, over all tasks of this daemon.
 
         Raises:
             SettingsError: no key, one that no header can carry, or an unknown model.
@@ -91,7 +87,7 @@ class DashScopeProvider:
         self._keys = dict(keys)
         self._client = client
         self._links = FittedLinks(links, PhotoFitter(self.name, self._route.photo))
-        self._pace = _Pace(questions_per_s)
+        self._pace = _Pace(settings.polls_per_second)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[ProviderEvent, None]:
         """
