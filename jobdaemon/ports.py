@@ -344,8 +344,12 @@ class Attempt(Protocol):
         """
         ...
 
-    def free_slot(self) -> None:
-        """Whom this attempt works for has done its part: another job may take the slot, while this one keeps what came of it."""
+    async def free_slot(self) -> None:
+        """
+        Whom this attempt works for has done its part: another job may take the slot, while this one keeps what came of it.
+
+        Returns when that job has had a moment's start, or nobody takes the slot; never raises.
+        """
         ...
 
     async def checkpoint(self, *writes: Write) -> None:

@@ -224,7 +224,7 @@ class FakeAttempt:
     def if_given_up(self, instead: Callable[[], Move | Settle | None]) -> None:
         self.instead = instead
 
-    def free_slot(self) -> None:
+    async def free_slot(self) -> None:
         """Nobody waits for it."""
 
     async def checkpoint(self, *writes: Write) -> None:

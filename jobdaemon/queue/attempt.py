@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import TypeAlias
 
 from jobdaemon.domain.expand import writes_when_dead
 from jobdaemon.domain.fallback import Move, Settle
@@ -24,6 +25,14 @@ from jobdaemon.events import CheckpointCommitted, Events, JobFinished, JobStarte
 from jobdaemon.ports import Stage
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.solitude import NotNowError, Solitude
+
+#: Gives the slot away; what it returns is done as soon as it is known that nobody takes it.
+LeaveSlot: TypeAlias = Callable[[], asyncio.Future[None]]
+
+#: The next call of a slot goes first: decoding and keeping what the last one made would hold it up on a busy machine, and a
+#: provider's time is dearer. Measured on two cores, three calls of 0.8 s at once: a slot stood idle for 20 ms between calls
+#: instead of 43.
+_NEXT_FIRST_S = 0.03
 
 _OUTCOMES: Mapping[End, Outcome] = {
     End.SUCCEEDED: "succeeded",
@@ -56,13 +65,14 @@ class RunningAttempt:
     """What a stage sees of its attempt (ports.Attempt)."""
 
     def __init__(
-        self, job: Job, committer: Committer, events: Events, *, attempts: int, on_slot_free: Callable[[], None] = lambda: None
+        self, job: Job, committer: Committer, events: Events, *, attempts: int, leave_slot: LeaveSlot | None = None
     ) -> None:
         """
         Args:
             attempts: how many the job gets.
+            leave_slot: None where the attempt has none to leave.
         """
-        self._on_slot_free = on_slot_free
+        self._leave_slot = leave_slot
         self._job = job
         self._committer = committer
         self._events = events
@@ -83,9 +93,10 @@ class RunningAttempt:
         """What to do with the job rather than give it up, should this attempt fail and be the last."""
         self.instead = instead
 
-    def free_slot(self) -> None:
-        """Another job may take the slot; this one goes on."""
-        self._on_slot_free()
+    async def free_slot(self) -> None:
+        """Another job may take the slot; this one goes on when that has had a moment's start, or nobody takes it."""
+        if self._leave_slot is not None:
+            await asyncio.wait({self._leave_slot()}, timeout=_NEXT_FIRST_S)
 
     async def checkpoint(self, *writes: Write) -> None:
         """Commit *writes* now; LeaseLostError when the job is not ours to work on any more, OrderEndedError for its order."""
@@ -124,24 +135,24 @@ class AttemptRunner:
         self._is_sure = is_sure
         self._solitude = Solitude(events) if solitude is None else solitude
 
-    async def run(self, job: Job, rules: AttemptRules, *, on_slot_free: Callable[[], None] = lambda: None) -> None:
+    async def run(self, job: Job, rules: AttemptRules, *, leave_slot: LeaveSlot | None = None) -> None:
         """
         Run one attempt to its committed end.
 
         A cancellation while the stage runs hands the job back unspent; one while the end is being committed is obeyed after it.
 
         Args:
-            on_slot_free: called when the attempt goes on without its slot.
+            leave_slot: called when the attempt goes on without its slot.
         """
         with ExitStack() as company:
-            await self._run(job, rules, company, on_slot_free)
+            await self._run(job, rules, company, leave_slot)
 
-    async def _run(self, job: Job, rules: AttemptRules, company: ExitStack, on_slot_free: Callable[[], None]) -> None:
+    async def _run(self, job: Job, rules: AttemptRules, company: ExitStack, leave_slot: LeaveSlot | None) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         self._events.emit(JobStarted(job_id=job.id, queue=job.queue, task=job.task, attempt=job.attempt, order_id=job.order_id))
         done = Done()
-        attempt = RunningAttempt(job, self._committer, self._events, attempts=rules.retry.attempts, on_slot_free=on_slot_free)
+        attempt = RunningAttempt(job, self._committer, self._events, attempts=rules.retry.attempts, leave_slot=leave_slot)
         try:
             await self._solitude.join(job)
             company.callback(self._solitude.leave, job)

@@ -67,10 +67,11 @@ class Team:
         self._is_paused = False
         self._wake = asyncio.Event()
         self._wake.set()
-        self._claiming: asyncio.Future[None] | None = None
+        self._claiming: asyncio.Future[int] | None = None
         self._attempts: dict[asyncio.Task[None], Job] = {}
-        #: Of these, those that need their slot no more; and those of which the database knows it, which hold none.
-        self._leaving: set[asyncio.Task[None]] = set()
+        #: Of these, those that need their slot no more, with what tells them that nobody takes it; and those of which the
+        #: database knows it, which hold none.
+        self._leaving: dict[asyncio.Task[None], asyncio.Future[None]] = {}
         self._left: set[asyncio.Task[None]] = set()
         #: Of the claim that is under way: jobs (id, token) that it was given and that were handed back before its answer came.
         self._disowned: set[tuple[int, int | None]] = set()
@@ -152,10 +153,11 @@ class Team:
             self._wake.clear()
             self.last_turn_s = loop.time()
             await self._until_lease_holds()
+            left: list[asyncio.Future[None]] = []
             try:
                 # A slot that this team would not use stays its attempt's until that ends: then others are told.
                 if self._leaving and self._room > 0:
-                    await self._free_slots()
+                    left = await self._free_slots()
                 free = min(self.size - len(self._attempts) + len(self._left), self._room)
                 if free <= 0:
                     continue
@@ -170,6 +172,9 @@ class Team:
             except Exception as error:  # noqa: BLE001 - the team goes on
                 self._events.emit(UpkeepFailed(error=f"claim from {self.queue}: {type(error).__name__}: {error}"))
                 await self._rest()
+            else:
+                if not self._claiming.result():
+                    _tell(left)
 
     async def _rest(self) -> None:
         await asyncio.sleep(_REST_AFTER_ERROR_S)
@@ -180,16 +185,19 @@ class Team:
         """How many attempts more there may be, whether they hold slots or not."""
         return 2 * self.size - len(self._attempts)
 
-    async def _free_slots(self) -> None:
+    async def _free_slots(self) -> list[asyncio.Future[None]]:
+        """What tells those who left that nobody takes their slots."""
         leaving = {task: self._attempts[task] for task in self._leaving}
         try:
             freed = await self._store.free_slots(list(leaving.values()))
         except RowsLockedError:
             freed = set()  # their ends will free them
-        self._leaving -= leaving.keys()
+        told = [self._leaving.pop(task) for task in leaving if task in self._leaving]
         self._left |= {task for task, job in leaving.items() if job.id in freed and task in self._attempts}
+        return told
 
-    async def _claim(self, free: int) -> None:
+    async def _claim(self, free: int) -> int:
+        """Claim and start so many at most; how many were claimed."""
         self._disowned.clear()  # a new claim has a new token
         if self._keys is None:
             jobs = await self._store.claim(self.queue, self._daemon_id(), free)
@@ -200,6 +208,7 @@ class Team:
         for job in jobs:
             if (job.id, job.token) not in self._disowned:
                 self._start(job)
+        return len(jobs)
 
     def _ring_when_keys_open(self, opens_in: timedelta | None) -> None:
         """What keys hold back until a moment starts by the clock: no notification says so."""
@@ -210,22 +219,24 @@ class Team:
             self._opening = asyncio.get_running_loop().call_later(opens_in.total_seconds() + _TIMER_SLACK_S, self.wake)
 
     def _start(self, job: Job) -> None:
-        running = self._runner.run(job, self._rules, on_slot_free=lambda: self._leave(task))
+        running = self._runner.run(job, self._rules, leave_slot=lambda: self._leave(task))
         task = asyncio.get_running_loop().create_task(running, name=f"job {job.id}")
         self._attempts[task] = job
         task.add_done_callback(self._ended)
 
-    def _leave(self, task: asyncio.Task[None]) -> None:
+    def _leave(self, task: asyncio.Task[None]) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if task in self._attempts and task not in self._left:
-            self._leaving.add(task)
+            future = self._leaving.setdefault(task, future)
             self.wake()
+        return future
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         # The slot of one that left was looked after when it did.
         if task not in self._left or self._room <= 0:
             self.wake()
         self._attempts.pop(task, None)
-        self._leaving.discard(task)
+        self._leaving.pop(task, None)
         self._left.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._events.emit(UpkeepFailed(error=f"attempt in {self.queue}: {type(error).__name__}: {error}"))
@@ -261,3 +272,9 @@ class Team:
             for task in stuck:
                 task.cancel()
         return len(rest)
+
+
+def _tell(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

@@ -45,10 +45,6 @@ from jobdaemon.stages.source import ARTIFACT_SCHEME
 
 #: An image that came inline is paid for and nowhere else: a store that is away for a moment must not cost it.
 _STORE_RESTS_S = (0.5, 1.0, 2.0, 4.0)
-#: The next call of the slot goes first: decoding and keeping what this one made would hold it up on a busy machine, and nobody
-#: waits for that as dearly as for a provider. Measured on two cores, three calls of 0.8 s at once: the slot stood idle for 20 ms
-#: between calls instead of 43.
-_NEXT_CALL_FIRST_S = 0.03
 
 
 class GenerateStage:
@@ -131,8 +127,7 @@ class GenerateStage:
     ) -> None:
         """What happened to the call itself."""
         if isinstance(event, CallDone):
-            attempt.free_slot()
-            await asyncio.sleep(_NEXT_CALL_FIRST_S)
+            await attempt.free_slot()
             return
         if isinstance(event, Submitting):
             await asyncio.to_thread(self._require_room, len(missing))

@@ -68,7 +68,7 @@ class Generate:
             return Done()
         call = {"queue": job.queue, "order_id": order_id, "images": missing, "daemon": self.name, "job_id": job.id}
         answer = await self._call(call | {"token": job.token})
-        attempt.free_slot()
+        await attempt.free_slot()
         for image in answer["images"]:
             index = image["index"]
             then = (upload_job(order_id, job.priority, index),)

@@ -51,7 +51,7 @@ class Calls:
     async def __call__(self, attempt: Attempt) -> None:
         self.started.append(attempt.job.id)
         await self.over.acquire()
-        attempt.free_slot()
+        await attempt.free_slot()
         await self.kept.wait()
 
     def end(self, count: int) -> None:
