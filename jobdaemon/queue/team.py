@@ -156,9 +156,9 @@ class Team:
             left: list[asyncio.Future[None]] = []
             try:
                 # A slot that this team would not use stays its attempt's until that ends: then others are told.
-                if self._leaving and self._room > 0:
+                if self._leaving and self._free(len(self._leaving)) > 0:
                     left = await self._free_slots()
-                free = min(self.size - len(self._attempts) + len(self._left), self._room)
+                free = self._free()
                 if free <= 0:
                     continue
                 # Shielded: a claim that is under way when the daemon stops must not lose the jobs it got.
@@ -179,6 +179,10 @@ class Team:
     async def _rest(self) -> None:
         await asyncio.sleep(_REST_AFTER_ERROR_S)
         self.wake()
+
+    def _free(self, leaving: int = 0) -> int:
+        """How many attempts may start; with so many more leaving their slots."""
+        return min(self.size - len(self._attempts) + len(self._left) + leaving, self._room)
 
     @property
     def _room(self) -> int:

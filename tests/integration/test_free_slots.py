@@ -131,6 +131,23 @@ async def test_a_slot_that_this_team_would_not_use_is_kept_to_the_end(engine_dat
         await calls.are(2)
 
 
+async def test_a_team_that_became_smaller_frees_no_slot_for_nobody(engine_database: str, sql: Sql) -> None:
+    """Where more run than the team has slots now, a call that is over frees none of the cluster's: nobody here would use it."""
+    fill(sql, 4)
+    limit(sql, cluster_limit=3)
+    calls = Calls()
+    async with at_work(engine_database, calls, team_size=3):
+        await calls.are(3)
+        sql.execute("SELECT jobdaemon.resize_queue(%s, team_size => 2)", [QUEUE])
+        await nothing_happens()
+        calls.end(1)
+        await nothing_happens()
+        shown = depth(sql)
+        assert (shown["running"], shown["finishing"]) == (3, 0)
+        calls.end(1)
+        await calls.are(4)
+
+
 async def test_a_freed_slot_of_a_key_and_of_a_share_is_anothers(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
     """Whatever limits a queue counts what holds a slot: its key's concurrency and its customer's fair share too."""
     sql.execute("INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency) VALUES ('local', 'a', 1)")
