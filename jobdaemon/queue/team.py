@@ -21,6 +21,8 @@ from jobdaemon.queue.store import PostgresJobStore
 _REST_AFTER_ERROR_S = 1.0
 #: How long a stopping daemon waits for its last commits when the database does not answer.
 _LAST_COMMIT_S = 10.0
+#: How long a daemon that is cut short waits for what was paid for to be kept.
+_KEEP_S = 2.0
 #: Timers ring a little early; a key would still be shut.
 _TIMER_SLACK_S = 0.002
 
@@ -267,8 +269,15 @@ class Team:
         while self._attempts and not cut.done() and (left_s := deadline - loop.time()) > 0:
             await asyncio.wait({*self._attempts, cut}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         cut.cancel()
+        # What these have paid for is here, on its way into the store: a moment is cheaper than buying it again.
+        keeping = self._left | self._leaving.keys()
+        for task in self._attempts.keys() - keeping:
+            task.cancel()
         rest = set(self._attempts)
-        for task in rest:
+        if keeping:
+            kept, _ = await asyncio.wait(keeping, timeout=_KEEP_S)
+            rest -= kept
+        for task in rest & keeping:
             task.cancel()
         if rest:
             # Each hands its job back. One that cannot, because the database is away, leaves it to the rescue.

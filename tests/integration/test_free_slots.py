@@ -148,6 +148,23 @@ async def test_a_team_that_became_smaller_frees_no_slot_for_nobody(engine_databa
         await calls.are(4)
 
 
+async def test_what_was_paid_for_is_kept_though_the_daemon_is_cut_short(engine_database: str, sql: Sql) -> None:
+    """An attempt whose call is over ends well; one whose call is open is handed back."""
+    fill(sql, 2)
+    limit(sql, cluster_limit=1)
+    calls = Calls()
+    async with running_daemon(engine_database, Stages(gate=calls), engine=NO_POLL, team_size=1) as running:
+        await calls.are(1)
+        calls.end(1)
+        await calls.are(2)
+        running.supervisor.stop("the test says so")
+        running.supervisor.stop("at once")
+        await until(lambda: depth(sql)["running"] == 0)  # the open call is handed back, and the other not
+        calls.kept.set()
+    rows = sql.execute("SELECT id, status::text FROM jobdaemon.procrastinate_jobs ORDER BY id").fetchall()
+    assert [(row["id"], row["status"]) for row in rows] == [(calls.started[0], "succeeded"), (calls.started[1], "todo")]
+
+
 async def test_a_freed_slot_of_a_key_and_of_a_share_is_anothers(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
     """Whatever limits a queue counts what holds a slot: its key's concurrency and its customer's fair share too."""
     sql.execute("INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency) VALUES ('local', 'a', 1)")
