@@ -136,6 +136,13 @@ class JobsRescued(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class SilentSessionsEnded(Event):
+    """*count* database sessions of daemons that stood still in the middle of a statement were ended: they held locks."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class CircuitTurned(Event):
     """
     The circuit of a queue turned, over all daemons: *open* for *seconds*, *in_a_row* times by now, because of *reason*; *probing*

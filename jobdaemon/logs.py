@@ -44,6 +44,7 @@ from jobdaemon.events import (
     QueueRests,
     SettingsOverruled,
     SettingsReloaded,
+    SilentSessionsEnded,
     UpkeepFailed,
 )
 from jobdaemon.redact import MASK, is_secret_name, redact
@@ -67,6 +68,7 @@ LINES: Mapping[type[Event], tuple[Level, str]] = {
     LeaseLost: ("warning", "lease lost"),
     LeaseInDoubt: ("warning", "lease in doubt"),
     JobsRescued: ("warning", "jobs rescued"),
+    SilentSessionsEnded: ("warning", "silent sessions ended"),
     CircuitTurned: ("info", "circuit turned"),
     LimitAdapted: ("info", "limit adapted"),
     QueueRests: ("info", "queue rests"),

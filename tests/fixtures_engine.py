@@ -55,8 +55,13 @@ def engine_database(postgres: Any, engine_template: str) -> Iterator[str]:
 
 @pytest.fixture
 def sql(engine_database: str) -> Iterator[Sql]:
-    """An autocommit connection with no search_path of ours."""
-    with psycopg.connect(engine_database, autocommit=True, row_factory=dict_row) as connection:
+    """
+    An autocommit connection with no search_path of ours.
+
+    A daemon of the same event loop cannot end its transaction while a statement here waits for a lock: what writes beside one
+    goes through ``asyncio.to_thread``. A statement that waits anyway fails soon, and says what for.
+    """
+    with psycopg.connect(engine_database, autocommit=True, row_factory=dict_row, options="-c lock_timeout=10s") as connection:
         yield connection
 
 

@@ -286,6 +286,19 @@ class PostgresJobStore:
         async with self._upkeep.use() as connection:
             return len(await connection.fetch(_JOBS["prune_daemons"], daemon_id, limit, silence.total_seconds()))
 
+    async def end_silent_sessions(self, silence: timedelta) -> int:
+        """
+        End sessions of daemons whose process stands still in the middle of a statement, and give free what they hold.
+
+        Args:
+            silence: since when the server waits for them; the lease.
+
+        Returns:
+            How many were ended.
+        """
+        async with self._upkeep.use() as connection:
+            return len(await connection.fetch(_JOBS["end_silent_sessions"], silence.total_seconds()))
+
     async def ensure_rows(self, queues: Iterable[str], plans: Iterable[Plan], keys: Iterable[ProviderKey] = ()) -> None:
         """Insert the queues, plans and provider keys that are missing; an operator's rows stay as they are."""
         async with self._upkeep.use() as connection, connection.transaction():

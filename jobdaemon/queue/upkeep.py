@@ -21,7 +21,16 @@ from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import MAX_DEATHS, after_death
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import Events, JobsRescued, OrderMended, OrderSettled, OrdersLifted, ProviderChanged, UpkeepFailed
+from jobdaemon.events import (
+    Events,
+    JobsRescued,
+    OrderMended,
+    OrderSettled,
+    OrdersLifted,
+    ProviderChanged,
+    SilentSessionsEnded,
+    UpkeepFailed,
+)
 from jobdaemon.queue.committer import Committer
 from jobdaemon.queue.store import ABORT_CHANNEL, CONTROL_CHANNEL, READY_CHANNEL, LostJob, PostgresJobStore
 from jobdaemon.queue.team import Team
@@ -182,6 +191,8 @@ class Upkeep:
         if is_look:
             # Nothing that this look does not know of lapses before that: who came since has beaten since.
             self._lapses_at = asyncio.get_running_loop().time() + self._lease.total_seconds()
+        if is_poll and (count := await self._store.end_silent_sessions(self._lease)):
+            self._events.emit(SilentSessionsEnded(count=count))
         promoted = await self._store.promote(_PROMOTE_LIMIT)
         self._next_due_s = None if promoted.next_due is None else promoted.next_due.total_seconds()
         if promoted.count >= _PROMOTE_LIMIT:

@@ -90,7 +90,7 @@ async def test_a_raised_limit_is_used_at_once(engine_database: str, job_factory:
         assert not doors.came.is_set()
         began = asyncio.get_running_loop().time()
         started = daemon.events.expect(JobStarted)
-        sql.execute("UPDATE jobdaemon.queues SET cluster_limit = 1 WHERE name = 'upload'")
+        await asyncio.to_thread(sql.execute, "UPDATE jobdaemon.queues SET cluster_limit = 1 WHERE name = 'upload'")
         await started.wait(60)
         assert asyncio.get_running_loop().time() - began < 1
         doors.open.set()

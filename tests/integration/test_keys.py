@@ -485,7 +485,7 @@ async def test_an_empty_account_rests_until_tomorrow_and_resume_ends_it(engine_d
         await asyncio.sleep(1.5)  # past the job's own snooze: only the key holds it
         assert runs == 1
         is_empty = False
-        sql.execute("SELECT jobdaemon.resume_key('local', 'a')")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resume_key('local', 'a')")
         await until(lambda: _one(sql, "SELECT status::text FROM jobdaemon.procrastinate_jobs")["status"] == "succeeded")
 
 

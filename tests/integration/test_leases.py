@@ -284,7 +284,7 @@ async def test_a_daemon_says_when_a_beat_has_failed(engine_database: str, sql: S
         [before] = sql.execute(steady).fetchall()
         lost, back = daemon.events.expect(DatabaseLost), daemon.events.expect(DatabaseBack)
         with psycopg.connect(engine_database) as locker:
-            locker.execute("SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
+            await asyncio.to_thread(locker.execute, "SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
             await lost.wait(10)
         await back.wait(10)
         [after] = sql.execute(steady).fetchall()
@@ -349,7 +349,7 @@ async def test_nobody_that_lives_is_rescued(engine_database: str, order_factory:
         await asyncio.sleep(1.5 * QUICK.lease.total_seconds())  # both are steady
         if mishap == "a lock":
             with psycopg.connect(engine_database) as locker:
-                locker.execute("SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
+                await asyncio.to_thread(locker.execute, "SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
                 locker.execute("SAVEPOINT looks_wait")
                 locker.execute("LOCK TABLE jobdaemon.procrastinate_workers IN ACCESS EXCLUSIVE MODE")
                 await asyncio.sleep(2 * QUICK.lease.total_seconds())
@@ -423,7 +423,7 @@ async def test_jobs_come_along_when_a_daemons_row_is_removed(engine_database: st
         async with running_daemon(engine_database, Stages(calls.gate)) as other:
             await asyncio.sleep(1.5 * QUICK.lease.total_seconds())  # it is steady
             before = one.supervisor.daemon_id
-            sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [before])
+            await asyncio.to_thread(sql.execute, "DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [before])
             await until(lambda: order_factory.jobs(order_id)[0]["worker_id"] not in (None, before))
             assert order_factory.jobs(order_id)[0]["worker_id"] == one.supervisor.daemon_id
             await asyncio.sleep(2 * QUICK.lease.total_seconds())
@@ -581,16 +581,17 @@ async def test_a_rescue_that_has_to_wait_does_not_stop_upkeep(
     async with running_daemon(engine_database, Stages()) as daemon:
         async with held(engine_database, HOLDS["order"], first.order_id or 0):
             await until(lambda: any("holds" in getattr(event, "error", "") for event in daemon.seen))
-            sql.execute("SELECT jobdaemon.pause_queue('beautify')")
+            await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue('beautify')")
             second = orders("Free")
             dead = await store.register(host="dead", pid=2, version="0", queues={})
-            sql.execute(
+            await asyncio.to_thread(
+                sql.execute,
                 "UPDATE jobdaemon.procrastinate_jobs SET status = 'doing', worker_id = %s, token = 999999"
                 " WHERE args ->> 'order_id' = %s::text",
                 [dead, str(second)],
             )
-            sql.execute(silent, [dead])
-            sql.execute("SELECT jobdaemon.resume_queue('beautify')")
+            await asyncio.to_thread(sql.execute, silent, [dead])
+            await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resume_queue('beautify')")
             await until(lambda: orders.row(second)["status"] == "completed")
             assert orders.row(first.order_id or 0)["status"] != "completed"
         await until(lambda: orders.row(first.order_id or 0)["status"] == "completed")

@@ -10,6 +10,8 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import psycopg
@@ -17,15 +19,16 @@ import pytest
 
 from jobdaemon.domain.job import Job
 from jobdaemon.errors import DatabaseUnavailableError
-from jobdaemon.events import JobStarted
+from jobdaemon.events import JobStarted, SilentSessionsEnded
 from jobdaemon.queue.store import PostgresJobStore
-from tests.daemons import NO_POLL, Stages, running_daemon
+from tests.daemons import NO_POLL, QUICK, Stages, running_daemon
 from tests.factories import Jobs, Sql
 
 #: What queue_capacity and the steering of a queue take.
 LOCK = "pg_advisory_xact_lock(1784835684, (SELECT id FROM jobdaemon.queues WHERE name = 'upload'))"
 LEASE_S = 2.0
-#: A process that stands still after a statement of its transaction, as a daemon may within a commit; then it goes on.
+#: A process that stands still after a statement of its transaction, or in the middle of one, as a daemon may within a commit; it
+#: then goes on.
 FROZEN = f"""
     import asyncio, sys
     from datetime import timedelta
@@ -37,9 +40,12 @@ FROZEN = f"""
         try:
             async with session.use() as connection, connection.transaction():
                 await connection.execute("SELECT {LOCK}")
+                if "prepared" in sys.argv:
+                    statement = asyncio.ensure_future(connection.fetch("SELECT 'never seen before'"))
+                    await asyncio.sleep(0)  # it is on its way, to be prepared first
                 print("locked", flush=True)
-                await asyncio.to_thread(sys.stdin.readline)
-                await connection.execute("SELECT 1")
+                sys.stdin.readline()
+                await (statement if "prepared" in sys.argv else connection.execute("SELECT 1"))
         except DatabaseUnavailableError:
             print("lost", flush=True)
         async with session.use() as connection:
@@ -51,14 +57,21 @@ FROZEN = f"""
 
 
 @contextmanager
-def _process(url: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", textwrap.dedent(FROZEN), url]
+def _process(url: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", textwrap.dedent(FROZEN), url, *arguments]
     folder = Path(__file__).parents[2]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def _go_on(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGCONT)
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def _said(process: subprocess.Popen[str]) -> str:
@@ -95,10 +108,25 @@ async def test_a_frozen_process_loses_its_locks_with_its_lease(
         seconds = time.monotonic() - began
         assert [job.id for job in claimed] == [job_id]
         assert LEASE_S * 0.7 < seconds < LEASE_S + 30
-        process.send_signal(signal.SIGCONT)
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+        _go_on(process)
+        assert [await asyncio.to_thread(_said, process) for _ in range(2)] == ["lost", "back"]
+
+
+@pytest.mark.usefixtures("limited")
+async def test_a_process_frozen_in_the_middle_of_a_statement_loses_its_locks(engine_database: str, job_factory: Jobs) -> None:
+    """Frozen after a statement was prepared, it is not idle to the server: another daemon ends its session, and works on."""
+    with _process(engine_database, "prepared") as process:
+        assert await asyncio.to_thread(_said, process) == "locked"
+        process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        engine = replace(QUICK, lease=timedelta(seconds=LEASE_S))
+        async with running_daemon(engine_database, Stages(), engine=engine) as daemon:
+            started = daemon.events.expect(JobStarted)
+            job_id = job_factory("upload", "jobdaemon.unknown")
+            assert (await started.wait(60)).job_id == job_id
+            assert LEASE_S * 0.7 < time.monotonic() - began < LEASE_S + 30
+            assert [event for event in daemon.seen if isinstance(event, SilentSessionsEnded)] == [SilentSessionsEnded(count=1)]
+        _go_on(process)
         assert [await asyncio.to_thread(_said, process) for _ in range(2)] == ["lost", "back"]
 
 

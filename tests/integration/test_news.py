@@ -118,7 +118,7 @@ async def test_lifted_orders_are_counted_once(engine_database: str, order_factor
     async with running_daemon(engine_database, Stages()) as one, running_daemon(engine_database, Stages()) as two:
         for _ in range(3):
             order_factory("Pro")
-        sql.execute("UPDATE jobdaemon.orders SET waits_from = now() - interval '1 day'")
+        await asyncio.to_thread(sql.execute, "UPDATE jobdaemon.orders SET waits_from = now() - interval '1 day'")
         await until(lambda: sum(event.count for event in _told(OrdersLifted, one, two)) >= 3)
         await asyncio.sleep(0.5)  # a round more
         assert sum(event.count for event in _told(OrdersLifted, one, two)) == 3

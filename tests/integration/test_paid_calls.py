@@ -148,7 +148,7 @@ async def test_beats_that_do_not_get_through_stop_paid_calls(
         paid, free = await _at_work(calls, job_factory)
         doubt = daemon.events.expect(LeaseInDoubt)
         with psycopg.connect(engine_database) as locker:
-            locker.execute("SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
+            await asyncio.to_thread(locker.execute, "SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
             assert (await doubt.wait(60)).aborted == 1
             [silent] = sql.execute(
                 "SELECT extract(epoch FROM clock_timestamp() - max(w.last_heartbeat))::float8 AS s"

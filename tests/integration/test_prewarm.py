@@ -317,7 +317,7 @@ async def test_an_order_waits_for_no_prewarm_of_its_photo(engine_database: str, 
             await release.wait()
 
     async with running_daemon(engine_database, Stages(gate), team_size=2):
-        sql.execute("SELECT jobdaemon.prewarm(%s)", [source])
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.prewarm(%s)", [source])
         await asyncio.wait_for(begun.wait(), 20)
         order = order_factory("Free", source)
         await until(lambda: order_factory.row(order)["finished_at"] is not None)
@@ -336,11 +336,11 @@ async def test_a_cancelled_prewarm_stops(engine_database: str, sql: Sql) -> None
         await asyncio.Event().wait()
 
     async with running_daemon(engine_database, Stages(gate), team_size=1):
-        row = sql.execute("SELECT job_id FROM jobdaemon.prewarm('artifact:sources/a.jpg')").fetchone()
+        row = (await asyncio.to_thread(sql.execute, "SELECT job_id FROM jobdaemon.prewarm('artifact:sources/a.jpg')")).fetchone()
         assert row is not None
         await asyncio.wait_for(begun.wait(), 20)
         started = time.monotonic()
-        sql.execute("SELECT jobdaemon.cancel_prewarm(%s)", [row["job_id"]])
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.cancel_prewarm(%s)", [row["job_id"]])
         await until(lambda: sql.execute("SELECT running FROM jobdaemon.prewarm_stats").fetchone() == {"running": 0})
         assert time.monotonic() - started < 1
     job = sql.execute("SELECT status FROM jobdaemon.procrastinate_jobs").fetchone()

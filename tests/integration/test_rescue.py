@@ -140,7 +140,7 @@ async def test_removed_daemon_registers_again_and_finishes_what_it_runs(
         first = order_factory("Free")
         async with asyncio.timeout(60):
             await going.wait()
-        sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [before])
+        await asyncio.to_thread(sql.execute, "DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [before])
         await until(lambda: daemon.supervisor.daemon_id != before)
         # longer than a lease: its own rescue must not take the job it runs
         await asyncio.sleep(1.5)
@@ -194,12 +194,13 @@ async def test_claim_whose_answer_was_lost_is_handed_back(engine_database: str, 
     """A job that the database gave to a daemon that never heard of it is noticed by that daemon and run."""
     stages = Stages()
     async with running_daemon(engine_database, stages) as daemon:
-        sql.execute("SELECT jobdaemon.pause_queue('beautify')")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue('beautify')")
         order_id = order_factory("Free")
         settled = daemon.events.expect(OrderSettled)
-        sql.execute("UPDATE jobdaemon.queues SET paused = false")
+        await asyncio.to_thread(sql.execute, "UPDATE jobdaemon.queues SET paused = false")
         # in one statement with the unpausing a real claim could get it first: take it by hand in the daemon's name
-        sql.execute(
+        await asyncio.to_thread(
+            sql.execute,
             "UPDATE jobdaemon.procrastinate_jobs SET status = 'doing', worker_id = %s, token = 999999"
             " WHERE args ->> 'order_id' = %s::text AND status = 'todo'",
             [daemon.supervisor.daemon_id, str(order_id)],
@@ -359,7 +360,7 @@ async def test_a_running_daemon_prunes_the_others_and_writes_its_own_row_again(e
         daemon_id = daemon.supervisor.daemon_id
         await until(lambda: hosts_of("host = 'gone'") == 0, timeout_s=20)
         before = sql.execute("SELECT host, pid, version, queues, keys, status FROM jobdaemon.daemons").fetchall()
-        sql.execute("DELETE FROM jobdaemon.daemons")
+        await asyncio.to_thread(sql.execute, "DELETE FROM jobdaemon.daemons")
         await until(lambda: hosts_of(f"id = {daemon_id}") == 1, timeout_s=20)
         assert sql.execute("SELECT host, pid, version, queues, keys, status FROM jobdaemon.daemons").fetchall() == before
         assert daemon.supervisor.daemon_id == daemon_id

@@ -44,7 +44,7 @@ async def test_nothing_is_claimed_under_a_lapsed_lease(engine_database: str, sql
         finished = daemon.events.expect(JobFinished)
         with psycopg.connect(engine_database) as locker:
             # Heartbeats wait for this lock, claims do not.
-            locker.execute("SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
+            await asyncio.to_thread(locker.execute, "SELECT FROM jobdaemon.procrastinate_workers FOR NO KEY UPDATE")
             await lost.wait(60)
             await until(lambda: sql.execute(SILENT, [LEASE_S]).fetchall() == [{"is_lost": True}])
             job_factory(task="jobdaemon.unknown")

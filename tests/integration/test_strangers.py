@@ -179,7 +179,7 @@ async def test_two_daemons_mend_once(engine_database: str, order_factory: Orders
         orders = [order_factory("Free") for _ in range(4)]
         await until(lambda: len(running) == 2)
         lost = [asyncio.ensure_future(daemon.events.wait_for(LeaseLost)) for daemon in (one, two)]
-        sql.execute("DELETE FROM jobdaemon.procrastinate_jobs")
+        await asyncio.to_thread(sql.execute, "DELETE FROM jobdaemon.procrastinate_jobs")
         may_go.set()
         await asyncio.gather(*lost)
         await until(lambda: {order_factory.row(order_id)["status"] for order_id in orders} == {"completed"})
@@ -197,7 +197,7 @@ async def test_a_stock_cancel_is_told(engine_database: str, order_factory: Order
         settled = daemon.events.expect(OrderSettled)
         order_id = order_factory("Free")
         [job] = order_factory.jobs(order_id)
-        sql.execute("SELECT jobdaemon.procrastinate_cancel_job_v1(%s, false, false)", [job["id"]])
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.procrastinate_cancel_job_v1(%s, false, false)", [job["id"]])
         assert await settled.wait(60) == OrderSettled(order_id, "failed")
         assert OrderMended(order_id, jobs=0, failures=1) in daemon.seen
 

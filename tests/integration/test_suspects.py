@@ -48,9 +48,9 @@ async def test_a_suspect_runs_alone(engine_database: str, job_factory: Jobs, sql
         first = job_factory("upload")
         await until(lambda: set(room.inside) == {first})
         isolated = daemon.events.expect(JobIsolated)
-        sql.execute("SELECT jobdaemon.pause_queue('beautify')")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue('beautify')")
         suspect = _suspect(sql, job_factory("beautify", "jobdaemon.beautify"))
-        sql.execute("SELECT jobdaemon.resume_queue('beautify')")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resume_queue('beautify')")
         assert (await isolated.wait(60)).job_id == suspect
         later = [job_factory("upload"), job_factory("generate.local", "jobdaemon.generate")]
         await asyncio.sleep(0.3)  # nothing must start
@@ -71,7 +71,7 @@ async def test_two_suspects_run_one_after_the_other(engine_database: str, job_fa
     suspects = [_suspect(sql, job_factory("upload")) for _ in range(2)]
     async with running_daemon(engine_database, Stages(room.gate), engine=NO_POLL) as daemon:
         back = daemon.events.expect(JobFinished, lambda event: event.outcome == "handed_back")
-        sql.execute("SELECT jobdaemon.resume_queue('upload')")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resume_queue('upload')")
         second = (await back.wait(60)).job_id
         [first] = set(suspects) - {second}
         await until(lambda: set(room.inside) == {first})
@@ -94,7 +94,8 @@ async def test_a_suspect_that_waits_can_be_handed_back(engine_database: str, job
         await until(lambda: set(room.inside) == {first, suspect})
         room.let_out(suspect)
         await until(lambda: set(room.inside) == {first})
-        sql.execute(
+        await asyncio.to_thread(
+            sql.execute,
             "UPDATE jobdaemon.procrastinate_jobs SET status = 'todo', deaths = %s, attempts = 0 WHERE id = %s",
             [SUSPECT_AFTER, suspect],
         )

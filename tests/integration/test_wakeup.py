@@ -85,9 +85,10 @@ async def test_an_order_for_later_starts_by_timer(engine_database: str, order_fa
 async def test_more_due_jobs_than_one_batch(engine_database: str, sql: Sql) -> None:
     """Thousands of jobs that fall due at once are all let in, not one batch per poll."""
     async with running_daemon(engine_database, Stages(), engine=NO_POLL, team_size=0):
-        sql.execute(
+        await asyncio.to_thread(
+            sql.execute,
             "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, scheduled_at)"
-            " SELECT 'upload', 'x', now() + interval '0.3 seconds' FROM generate_series(1, 2500)"
+            " SELECT 'upload', 'x', now() + interval '0.3 seconds' FROM generate_series(1, 2500)",
         )
         waiting = "SELECT FROM jobdaemon.procrastinate_jobs WHERE scheduled_at IS NOT NULL LIMIT 1"
         await until(lambda: sql.execute(waiting).fetchone() is None)
@@ -96,17 +97,17 @@ async def test_more_due_jobs_than_one_batch(engine_database: str, sql: Sql) -> N
 async def test_operators_are_heard_without_the_poll(engine_database: str, order_factory: Orders, sql: Sql) -> None:
     """Pause, resize and resume reach a daemon whose poll is a minute away."""
     async with running_daemon(engine_database, Stages(), engine=NO_POLL) as daemon:
-        sql.execute("SELECT jobdaemon.pause_queue('beautify')")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue('beautify')")
         order_factory("Free")
         with pytest.raises(TimeoutError):
             await daemon.events.wait_for(JobStarted, timeout=0.5)
         settled = daemon.events.expect(OrderSettled)
-        sql.execute("SELECT jobdaemon.resize_queue('upload', team_size => 0)")
-        sql.execute("SELECT jobdaemon.resume_queue('beautify')")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resize_queue('upload', team_size => 0)")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resume_queue('beautify')")
         with pytest.raises(TimeoutError):
             await settled.wait(1)
         settled = daemon.events.expect(OrderSettled)
-        sql.execute("SELECT jobdaemon.resize_queue('upload', team_size => 1)")
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resize_queue('upload', team_size => 1)")
         assert (await settled.wait(60)).status == "completed"
 
 

@@ -52,6 +52,14 @@ WITH gone AS (
 )
 DELETE FROM jobdaemon.daemons d USING gone WHERE d.id = gone.id RETURNING d.id;
 
+-- name: end_silent_sessions
+-- Ends the sessions of daemons whose process stood still for $1 seconds, within a transaction, after a statement was prepared and before
+-- it was executed: the server counts them as active and as waiting for their client, so none of its timeouts ends them, and what
+-- they have locked stays locked.
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND application_name LIKE 'jobdaemon %'
+    AND state = 'active' AND wait_event = 'ClientRead' AND state_change < clock_timestamp() - $1::float8 * interval '1 second';
+
 -- name: ensure_queues
 -- Rows for the queues we serve; an operator's rows stay as they are.
 INSERT INTO jobdaemon.queues (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING;
