@@ -673,7 +673,7 @@ def open_service_client(settings: Settings) -> GuardedClient:
 
 def build_stages(
     settings: Settings,
-    orders: PostgresJobStore,
+    store: PostgresJobStore,
     artifacts: ArtifactStore,
     backend: BeautifyBackend,
     providers: Mapping[str, Provider],
@@ -697,7 +697,7 @@ def build_stages(
         await client.download_to(spool, url, max_bytes=photos.result_max_bytes, timeout=photos.source_timeout)
 
     prewarming = Prewarming(
-        orders.prewarmed,
+        store.prewarmed,
         artifacts,
         backend,
         strength=settings.beautify.strength,
@@ -705,7 +705,7 @@ def build_stages(
     )
     return {
         Task.BEAUTIFY: BeautifyStage(
-            orders=orders,
+            orders=store.orders,
             store=artifacts,
             prewarming=prewarming,
             fetch=lambda url: fetch(url, photos.max_bytes),
@@ -716,7 +716,7 @@ def build_stages(
             prewarming, artifacts, lambda url: fetch(url, photos.max_bytes, _PREWARM_FETCH), max_photo_bytes=photos.max_bytes
         ),
         Task.GENERATE: GenerateStage(
-            orders=orders,
+            orders=store.orders,
             store=artifacts,
             providers=providers,
             max_photo_bytes=photos.result_max_bytes,
@@ -726,15 +726,15 @@ def build_stages(
             require_room=_require_room(settings),
         ),
         Task.UPLOAD: UploadStage(
-            orders=orders,
+            orders=store.orders,
             store=artifacts,
             spool=spools(settings),
             fetch=fetch_to,
             inspect=lambda file: inspect_image(file, limits=result_limits),
             max_image_bytes=photos.result_max_bytes,
         ),
-        Task.REMOVE: RemoveStage(orders=orders, store=artifacts),
-        Task.ABANDON: AbandonStage(orders=orders, providers=providers, keys=_key_aliases(settings)),
+        Task.REMOVE: RemoveStage(orders=store.orders, store=artifacts),
+        Task.ABANDON: AbandonStage(orders=store.orders, providers=providers, keys=_key_aliases(settings)),
     }
 
 

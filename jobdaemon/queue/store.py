@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from jobdaemon import db
-from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.fallback import FallbackRules, Trouble
 from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.keys import ProviderKey
@@ -29,10 +28,10 @@ from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
 from jobdaemon.domain.write import OrderFailed, PhotoPrewarmed
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
 from jobdaemon.events import Event, KeyMissing
-from jobdaemon.ports import ImageRow, OrderRow, ProviderCall
 from jobdaemon.queue import fence, moving, sql, writes
 from jobdaemon.queue.image_cache import CacheRows
 from jobdaemon.queue.key_rests import rest_keys
+from jobdaemon.queue.order_rows import OrderRows
 from jobdaemon.queue.photo_links import PhotoLinkRows
 from jobdaemon.queue.prewarmed import PrewarmedRows
 from jobdaemon.queue.steering import Steering
@@ -171,6 +170,8 @@ class PostgresJobStore:
         self._upkeep = db.Session(address, name="upkeep")
         self._reads = db.Session(address, name="read", lock_timeout=_COMMIT_PATIENCE)
         self._pulse = db.Session(address, name="pulse", on_connect=self._listen)
+        #: What stages read of orders.
+        self.orders = OrderRows(self._reads)
         #: The rows of the cache, over the connections of the stages and of upkeep.
         self.cache = CacheRows(self._reads, self._upkeep)
         #: The rows of prewarmed photos, over the same.
@@ -701,66 +702,6 @@ class PostgresJobStore:
             records = await connection.fetch(_ORDERS["tell_orders"], sorted(order_ids))
         return {record["id"] for record in records if not record["told"]}
 
-    # Reading for the stages
-
-    async def load_order(self, order_id: int) -> OrderRow | None:
-        """The order, or None when there is none under this id."""
-        async with self._reads.use() as connection:
-            record = await connection.fetchrow(_ORDERS["load_order"], order_id)
-        if record is None:
-            return None
-        beautified = None if record["beautified"] is None else json.loads(record["beautified"])
-        return OrderRow(
-            id=record["id"],
-            plan=record["plan"],
-            provider=record["provider"],
-            source=record["source"],
-            params=json.loads(record["params"]),
-            priority=record["priority"],
-            beautified=None
-            if beautified is None
-            else Artifact(beautified["key"], beautified["sha256"], beautified["size_bytes"], beautified["media_type"]),
-            has_ended=record["ended"],
-        )
-
-    async def load_images(self, order_id: int) -> list[ImageRow]:
-        """All images of the order, by index."""
-        async with self._reads.use() as connection:
-            records = await connection.fetch(_ORDERS["load_images"], order_id)
-        return [_image(record) for record in records]
-
-    async def load_image(self, order_id: int, index: int) -> ImageRow | None:
-        """One image of the order, or None when it has none of this index."""
-        async with self._reads.use() as connection:
-            record = await connection.fetchrow(_ORDERS["load_image"], order_id, index)
-        return None if record is None else _image(record)
-
-    async def open_call(self, job_id: int) -> ProviderCall | None:
-        """The newest call that an earlier attempt of this job noted, if its end is unknown."""
-        return await self._load_call("open_call", job_id)
-
-    async def collectable_call(self, call_id: int) -> ProviderCall | None:
-        """A call that ended well, whose results may be fetched once more; None once the provider has forgotten it."""
-        return await self._load_call("collectable_call", call_id)
-
-    async def unfinished_call(self, call_id: int) -> ProviderCall | None:
-        """This call, if its end is unknown."""
-        return await self._load_call("unfinished_call", call_id)
-
-    async def _load_call(self, statement: str, number: int) -> ProviderCall | None:
-        async with self._reads.use() as connection:
-            record = await connection.fetchrow(_ORDERS[statement], number)
-        if record is None:
-            return None
-        return ProviderCall(
-            record["id"],
-            record["external_task_id"],
-            tuple(record["images"]),
-            record["key_alias"],
-            record["submitted_at"],
-            is_key_known=record["is_key_known"],
-        )
-
 
 def _held_keys(keys: Mapping[str, Sequence[str]] | None) -> str | None:
     return None if keys is None else json.dumps({provider: list(aliases) for provider, aliases in keys.items()})
@@ -785,16 +726,4 @@ def _job(record: asyncpg.Record, queue: str) -> Job:
         deaths=record["deaths"] or 0,
         token=record["token"],
         key_alias=record["key_alias"],
-    )
-
-
-def _image(record: asyncpg.Record) -> ImageRow:
-    return ImageRow(
-        record["index"],
-        record["prompt"],
-        record["status"],
-        record["provider"],
-        record["locator"],
-        record["object_key"],
-        record["call_id"],
     )

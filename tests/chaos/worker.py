@@ -47,7 +47,7 @@ class Beautify:
     async def run(self, attempt: Attempt) -> Done:
         order_id = attempt.job.args["order_id"]
         await attempt.checkpoint(OrderStarted(order_id))
-        wanted = [WantedImage(row.index, row.prompt) for row in await self.store.load_images(order_id)]
+        wanted = [WantedImage(row.index, row.prompt) for row in await self.store.orders.load_images(order_id)]
         return Done((beautified(order_id, *generate_jobs(order_id, attempt.job.priority, "local", wanted, IMAGES_PER_CALL)),))
 
 
@@ -62,7 +62,7 @@ class Generate:
     async def run(self, attempt: Attempt) -> Done:
         job = attempt.job
         order_id = job.args["order_id"]
-        rows = {row.index: row for row in await self.store.load_images(order_id)}
+        rows = {row.index: row for row in await self.store.orders.load_images(order_id)}
         missing = [index for index in job.args["images"] if rows[index].status == "pending"]
         if not missing:
             return Done()
@@ -98,7 +98,7 @@ class Upload:
 
     async def run(self, attempt: Attempt) -> Done:
         order_id, index = attempt.job.args["order_id"], attempt.job.args["image"]
-        [row] = [row for row in await self.store.load_images(order_id) if row.index == index]
+        [row] = [row for row in await self.store.orders.load_images(order_id) if row.index == index]
         if row.status == "stored":
             return Done()
         if row.locator is None:

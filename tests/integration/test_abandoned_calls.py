@@ -72,13 +72,13 @@ async def test_a_cancelled_orders_task_is_the_first_thing_a_daemon_stops(
     assert (abandon["queue_name"], abandon["status"]) == (QUEUE, "todo")
     [first] = await claimed_job_factory.claim(QUEUE)
     assert (first.id, first.outlives_its_order) == (abandon["id"], True)
-    call = await claimed_job_factory.store.unfinished_call(first.args["call_id"])
+    call = await claimed_job_factory.store.orders.unfinished_call(first.args["call_id"])
     assert call is not None
     assert call.task_id == "t1"
     closed = CallEnded(job.order_id or 0, first.id, "cancelled", call.id)
     assert await _commit(claimed_job_factory.store, first, End.SUCCEEDED, closed) is Verdict.ACCEPTED
     assert _calls(sql, job) == [("t1", "cancelled")]
-    assert await claimed_job_factory.store.unfinished_call(call.id) is None
+    assert await claimed_job_factory.store.orders.unfinished_call(call.id) is None
 
 
 async def test_a_submit_on_its_way_is_told_as_lost_only_when_its_attempt_is_over(
@@ -148,7 +148,7 @@ async def test_a_dead_letter_keeps_its_task_for_a_redrive(
     assert order_factory.row(job.order_id or 0)["status"] == "failed"
     assert await claimed_job_factory.store.abandon_calls(10) == 0
     sql.execute("SELECT jobdaemon.redrive(order_id => %s)", [job.order_id])
-    call = await claimed_job_factory.store.open_call(job.id)
+    call = await claimed_job_factory.store.orders.open_call(job.id)
     assert call is not None
     assert call.task_id == "t1"
 

@@ -80,11 +80,11 @@ async def test_call_is_noted_once(claimed_job_factory: Claimed, sql: Sql) -> Non
     job = await _generate_job(claimed_job_factory)
     assert job.order_id is not None
     noted = Transition(job, End.CHECKPOINT, writes=(CallSubmitted(job.order_id, job.id, "local", (1, 2), "task-1"),))
-    assert await claimed_job_factory.store.open_call(job.id) is None
+    assert await claimed_job_factory.store.orders.open_call(job.id) is None
     await commit(claimed_job_factory.store, noted)
     await commit(claimed_job_factory.store, noted)
     assert len(sql.execute("SELECT * FROM jobdaemon.provider_calls").fetchall()) == 1
-    call = await claimed_job_factory.store.open_call(job.id)
+    call = await claimed_job_factory.store.orders.open_call(job.id)
     assert call is not None
     assert (call.task_id, call.images, call.key) == ("task-1", (1, 2), None)
 

@@ -338,7 +338,7 @@ async def test_a_bought_task_keeps_its_key(
     jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])).jobs
     assert {job.id == job_id: job.key_alias for job in jobs} == {True: "a", False: "b"}
     assert key(sql)["spent"] == 1
-    open_call = await stores[0].open_call(job_id)
+    open_call = await stores[0].orders.open_call(job_id)
     assert open_call is not None
     assert (open_call.task_id, open_call.key) == ("task-1", "a")
     [job] = [job for job in jobs if job.id == job_id]

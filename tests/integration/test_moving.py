@@ -286,7 +286,8 @@ async def test_a_moved_batchs_lost_job_goes_back_to_its_call(
 
     async def calls() -> dict[str, str | None]:
         found = {
-            row["queue_name"]: await claimed_job_factory.store.open_call(row["id"]) for row in _generates(order_factory, order_id)
+            row["queue_name"]: await claimed_job_factory.store.orders.open_call(row["id"])
+            for row in _generates(order_factory, order_id)
         }
         return {queue: None if call is None else call.task_id for queue, call in found.items()}
 

@@ -142,9 +142,9 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         await store.adopt_jobs(daemon_id, [job])
         assert await store.locked_jobs([job]) == set()
         await store.tell_orders([job.order_id])
-        assert await store.load_order(job.order_id) is not None
-        assert len(await store.load_images(job.order_id)) == 2
-        assert await store.open_call(job.id) is None
+        assert await store.orders.load_order(job.order_id) is not None
+        assert len(await store.orders.load_images(job.order_id)) == 2
+        assert await store.orders.open_call(job.id) is None
         assert await store.answers(timeout=timedelta(seconds=5))
         assert await store.other_deaths(job, None, lease=timedelta(seconds=1)) == 0
         assert await store.open_orders(after=0, limit=9) == {job.order_id: False}

@@ -146,7 +146,7 @@ async def test_a_call_that_was_noted_is_asked_for_and_not_bought_again(
     assert [order.jobs for order in await _mend(claimed_job_factory.store)] == [2]
     calls = {}
     for again in _open_jobs(order_factory, order_id):
-        call = await claimed_job_factory.store.open_call(again["id"])
+        call = await claimed_job_factory.store.orders.open_call(again["id"])
         calls[tuple(again["args"]["images"])] = None if call is None else call.task_id
     assert calls == {(3, 4, 5): "task-1", (6, 7): "task-6"}
 

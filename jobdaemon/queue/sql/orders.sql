@@ -201,33 +201,6 @@ UNION ALL
 SELECT o.id, false, NULL FROM jobdaemon.orders o
 WHERE o.id = ANY ($1::bigint[]) AND o.finished_at IS NULL AND o.id NOT IN (SELECT t.id FROM told t);
 
--- name: load_order
--- What a stage needs to know of an order.
-SELECT id, plan, provider, source, params, priority, status, beautified, finished_at IS NOT NULL AS ended
-FROM jobdaemon.orders WHERE id = $1;
-
--- name: load_images
--- The images of one order.
-SELECT index, prompt, status, provider, locator, locator_expires_at, object_key, call_id
-FROM jobdaemon.images WHERE order_id = $1 ORDER BY index;
-
--- name: load_image
--- One image of an order.
-SELECT index, prompt, status, provider, locator, locator_expires_at, object_key, call_id
-FROM jobdaemon.images WHERE order_id = $1 AND index = $2;
-
--- name: open_call
--- The newest call of this job that is not known to have ended.
-SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
-FROM jobdaemon.provider_calls
-WHERE job_id = $1 AND outcome IS NULL
-ORDER BY id DESC LIMIT 1;
-
--- name: unfinished_call
--- A call whose end is unknown.
-SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
-FROM jobdaemon.provider_calls WHERE id = $1 AND outcome IS NULL;
-
 -- name: pending_images
 -- What is still to be made of these (locked) orders.
 SELECT order_id, index, prompt FROM jobdaemon.images WHERE order_id = ANY ($1::bigint[]) AND status = 'pending' ORDER BY index;
@@ -250,9 +223,3 @@ WHERE o.finished_at IS NOT NULL AND o.id IN (
                 AND a.task_name = 'jobdaemon.abandon' AND a.args -> 'call_id' = to_jsonb(c.id))
     ORDER BY c.order_id LIMIT $1)
 ORDER BY o.id FOR UPDATE SKIP LOCKED;
-
--- name: collectable_call
--- A call that ended well, whose results may be fetched once more.
-SELECT id, external_task_id, images, key_alias, submitted_at, jobdaemon.key_is_known(provider, key_alias, submitted_at) AS is_key_known
-FROM jobdaemon.provider_calls
-WHERE id = $1 AND external_task_id IS NOT NULL AND coalesce(outcome, 'succeeded') IN ('succeeded', 'partial');
