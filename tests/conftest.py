@@ -33,6 +33,9 @@ _SERVER_OPTIONS = {
     "max_wal_size": "256MB",
 }
 
+# Started in the background by a script, the session ignores SIGINT, and so would every program that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no failure: nothing is judged by how long an example took. Thorough is what scripts/test --slow asks for
 # (--hypothesis-profile thorough); tests whose examples cost more than a millisecond say how many with tests/effort.py.
