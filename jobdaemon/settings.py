@@ -36,7 +36,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobdaemon.errors import SettingsError
 from jobdaemon.redact import MASK, mask_url
-from jobdaemon.settings_beautify import BeautifySettings, beautify_contradictions
+from jobdaemon.settings_beautify import BeautifySettings, beautify_contradictions, idle_device
 from jobdaemon.settings_generate import (
     CacheSettings,
     GenerateSettings,
@@ -511,11 +511,9 @@ def _warnings(settings: Settings, secret_files: Mapping[str, Path]) -> Iterator[
         if stat.S_ISREG(mode) and mode & stat.S_IROTH:
             yield Problem(key, f"{path} holds a secret and everyone on this machine can read it: chmod 640", settings.origin(key))
     yield from _key_warnings(settings)
-    if settings.beautify.backend == "gfpgan" and settings.queue("beautify").team_size == 1:
-        name = "queues.beautify.team_size"
-        yield Problem(
-            name, "is 1: one photo at a time leaves the device idle most of the time", settings.origin("beautify.backend")
-        )
+    for key, text in idle_device(settings.beautify, settings.queue("beautify").team_size):
+        wanted = "beautify.backend" if settings.beautify.backend == "gfpgan" else "beautify.weights"
+        yield Problem(key, text, settings.origin(wanted))
     store = settings.store
     if store.kind == "r2":
         if store.r2.public_url is None:

@@ -113,3 +113,19 @@ def beautify_contradictions(section: BeautifySettings, run_timeout: timedelta) -
     if service.timeout >= run_timeout:
         shown = format_duration(run_timeout)
         yield Problem("beautify.photo_enhance.timeout", f"must be shorter than queues.beautify.run_timeout, that is {shown}")
+
+
+def idle_device(section: BeautifySettings, team_size: int) -> Iterator[tuple[str, str]]:
+    """
+    What leaves the device of gfpgan idle most of the time, where gfpgan is asked for or may be picked: key and sentence.
+
+    Args:
+        team_size: of the queue ``beautify``.
+    """
+    is_picked = section.backend == "auto" and section.weights is not None
+    if section.device == "cpu" or not (section.backend == "gfpgan" or is_picked):
+        return
+    if team_size == 1:
+        yield "queues.beautify.team_size", "is 1: one photo at a time leaves the device idle most of the time"
+    if section.threads == 1:
+        yield "beautify.threads", 'is 1: the device waits while one core reads and writes photos; "cores" takes them all'

@@ -524,11 +524,19 @@ class TestTree:
         assert len(load_settings(path, {}).warnings()) == 3
 
     def test_one_photo_at_a_time_warns_on_a_gpu(self, write: Write) -> None:
-        """A team of one leaves the device idle; a larger one, or another backend, is no cause."""
+        """A team of one, or one thread, leaves the device idle; more of both, or another backend or device, is no cause."""
         gfpgan = '[beautify]\nbackend = "gfpgan"\nweights = "GFPGANv1.4.pth"\n'
-        [warning] = load_settings(write(gfpgan), {}).warnings()
-        assert "jobdaemon.toml:2: queues.beautify.team_size: is 1: one photo at a time" in warning
-        assert load_settings(write(f"{gfpgan}[queues.beautify]\nteam_size = 8\n"), {}).warnings() == []
+        team, threads = load_settings(write(gfpgan), {}).warnings()
+        assert "jobdaemon.toml:2: queues.beautify.team_size: is 1: one photo at a time" in team
+        assert "jobdaemon.toml:2: beautify.threads: is 1: " in threads
+        many = "threads = 8\n[queues.beautify]\nteam_size = 8\n"
+        assert load_settings(write(gfpgan + many), {}).warnings() == []
+        assert load_settings(write(f'{gfpgan}device = "cpu"\n'), {}).warnings() == []
+
+    def test_one_photo_at_a_time_warns_where_a_gpu_may_be_picked(self, write: Write) -> None:
+        """With weights, auto picks gfpgan where a device is, and then the same holds; without them it never does."""
+        assert len(load_settings(write('[beautify]\nweights = "GFPGANv1.4.pth"\n'), {}).warnings()) == 2
+        assert load_settings(write(""), {}).warnings() == []
 
     def test_import_is_light(self) -> None:
         """Importing the settings loads no driver, no HTTP client and no compute library."""
