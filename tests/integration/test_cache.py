@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -262,9 +263,9 @@ async def test_removed_images_leave_the_cache(shop: Shop) -> None:
         sandbox.behaviour.latency_s = 1.0
         order = shop.order(images=4, prompts=["by a window", "in a wood"])
         await until(lambda: sandbox.shop.account(API, "sk-orders-test").calls == 1)
-        shop.rows("SELECT jobdaemon.pause_queue(%s)", f"generate.{API}")
+        await asyncio.to_thread(shop.rows, "SELECT jobdaemon.pause_queue(%s)", f"generate.{API}")
         await shop.kept(2)
-        shop.rows("SELECT jobdaemon.cancel_order(%s, remove_images => true)", order)
+        await asyncio.to_thread(shop.rows, "SELECT jobdaemon.cancel_order(%s, remove_images => true)", order)
         await shop.kept(0)
         query = "SELECT FROM jobdaemon.images WHERE order_id = %s AND status <> 'cancelled'"
         await until(lambda: not shop.rows(query, order))

@@ -157,11 +157,11 @@ async def test_what_is_out_of_attempts_is_made_by_the_next_provider(database: st
     seen: list[Event] = []
     async with Sandbox(Behaviour(latency_s=0.05, faults=BrokenFor())) as sandbox:
         async with daemon(settings_for(sandbox, tmp_path), database, seen) as running:
-            order.connection.execute("SELECT jobdaemon.pause_queue('generate.comfyui')")
+            await asyncio.to_thread(order.connection.execute, "SELECT jobdaemon.pause_queue('generate.comfyui')")
             await order.place(running, OPENAI)
             await until(lambda: bool(order.moves()), timeout_s=60)
             told = order.explained()
-            order.connection.execute("SELECT jobdaemon.resume_queue('generate.comfyui')")
+            await asyncio.to_thread(order.connection.execute, "SELECT jobdaemon.resume_queue('generate.comfyui')")
             await until(order.has_ended, timeout_s=60)
         assert (_bought(sandbox, OPENAI), _bought(sandbox, COMFYUI)) == ({GOOD: 3}, {BAD: 3})
     assert order.ended() == ("completed", None)
@@ -192,8 +192,8 @@ async def test_the_end_of_the_chain_fails_the_images(database: str, order: Order
             assert len(order.moves()) == 2
             errors = order.rows("SELECT error FROM jobdaemon.images WHERE order_id = %s AND status = 'failed'")
             assert all("127.0.0.1:9" in row["error"] for row in errors)
-            order.connection.execute("SELECT jobdaemon.pause_queue('generate.openai_images')")
-            assert order.rows("SELECT jobdaemon.redrive(order_id => %s) AS jobs") == [{"jobs": 2}]
+            await asyncio.to_thread(order.connection.execute, "SELECT jobdaemon.pause_queue('generate.openai_images')")
+            assert await asyncio.to_thread(order.rows, "SELECT jobdaemon.redrive(order_id => %s) AS jobs") == [{"jobs": 2}]
             open_jobs = order.rows(
                 "SELECT queue_name, args -> 'images' AS images FROM jobdaemon.procrastinate_jobs"
                 " WHERE (args ->> 'order_id')::bigint = %s AND status IN ('todo', 'doing')"
@@ -218,9 +218,10 @@ async def test_what_waits_behind_an_open_circuit_goes_elsewhere(database: str, o
     async with Sandbox(Behaviour(latency_s=0.02)) as sandbox:
         settings = settings_for(sandbox, tmp_path, ORDERS__FALLBACK_AFTER="300ms", QUEUES__GENERATE__ATTEMPTS="1000")
         async with daemon(settings, database) as running:
-            order.connection.execute(
+            await asyncio.to_thread(
+                order.connection.execute,
                 "UPDATE jobdaemon.queues SET circuit = 'open', circuit_until = now() + interval '1 hour'"
-                " WHERE name = 'generate.openai_images'"
+                " WHERE name = 'generate.openai_images'",
             )
             await order.place(running, OPENAI)
             await until(order.has_ended, timeout_s=60)
@@ -280,9 +281,10 @@ async def test_no_key_that_may_start_a_call_is_a_provider_that_failed(database: 
         keys = '[{"alias": "main", "key": "sk-fallback-test"}]'
         more = {"GENERATE__OPENAI_IMAGES__API_KEY": "", "GENERATE__OPENAI_IMAGES__KEYS": keys}
         async with daemon(settings_for(sandbox, tmp_path, **more), database) as running:
-            order.connection.execute(
+            await asyncio.to_thread(
+                order.connection.execute,
                 "UPDATE jobdaemon.provider_keys SET rested_until = now() + interval '5 hours',"
-                " rest_reason = 'its account is out of money'"
+                " rest_reason = 'its account is out of money'",
             )
             await order.place(running, OPENAI)
             await until(order.has_ended, timeout_s=60)
@@ -303,7 +305,9 @@ async def test_two_of_three_are_down(database: str, order: Order, tmp_path: Path
             "GENERATE__DASHSCOPE__API_KEY": "sk-fallback-test-0123456789",
         }
         async with daemon(settings_for(sandbox, tmp_path, **more), database) as running:
-            order.connection.execute("UPDATE jobdaemon.provider_keys SET rested_until = now() + interval '5 hours'")
+            await asyncio.to_thread(
+                order.connection.execute, "UPDATE jobdaemon.provider_keys SET rested_until = now() + interval '5 hours'"
+            )
             await order.place(running, OPENAI)
             await until(order.has_ended, timeout_s=60)
         assert (OPENAI in sandbox.shop.report(), _bought(sandbox, COMFYUI)) == (False, {GOOD: 3, BAD: 3})
@@ -321,7 +325,7 @@ async def test_a_cancelled_orders_task_is_stopped(database: str, order: Order, t
             await order.place(running, COMFYUI, images=1)
             await until(lambda: server.open == 1, timeout_s=60)
             if not is_gone:
-                order.connection.execute("SELECT jobdaemon.cancel_order(%s)", [order.id])
+                await asyncio.to_thread(order.connection.execute, "SELECT jobdaemon.cancel_order(%s)", [order.id])
                 await until(lambda: server.open == 0 and order.calls() == [(COMFYUI, "cancelled", [1])], timeout_s=60)
         if is_gone:
             assert server.open == 1
@@ -340,6 +344,6 @@ async def test_an_expired_orders_task_is_stopped(database: str, order: Order, tm
         async with daemon(settings_for(sandbox, tmp_path), database) as running:
             await order.place(running, COMFYUI, images=1)
             await until(lambda: server.open == 1, timeout_s=60)
-            order.rows("UPDATE jobdaemon.orders SET expires_at = now() WHERE id = %s RETURNING id")
+            await asyncio.to_thread(order.rows, "UPDATE jobdaemon.orders SET expires_at = now() WHERE id = %s RETURNING id")
             await until(lambda: server.open == 0 and order.calls() == [(COMFYUI, "cancelled", [1])], timeout_s=60)
     assert order.ended()[0] == "failed"

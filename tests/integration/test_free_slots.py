@@ -121,13 +121,13 @@ async def test_a_slot_that_this_team_would_not_use_is_kept_to_the_end(engine_dat
     calls = Calls()
     async with at_work(engine_database, calls, team_size=1):
         await calls.are(1)
-        sql.execute("SELECT jobdaemon.pause_queue(%s)", [QUEUE])
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue(%s)", [QUEUE])
         await nothing_happens()
         calls.end(1)
         await nothing_happens()
         shown = depth(sql)
         assert (shown["running"], shown["finishing"]) == (1, 0)
-        sql.execute("SELECT jobdaemon.resume_queue(%s)", [QUEUE])
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resume_queue(%s)", [QUEUE])
         await calls.are(2)
 
 
@@ -138,7 +138,7 @@ async def test_a_team_that_became_smaller_frees_no_slot_for_nobody(engine_databa
     calls = Calls()
     async with at_work(engine_database, calls, team_size=3):
         await calls.are(3)
-        sql.execute("SELECT jobdaemon.resize_queue(%s, team_size => 2)", [QUEUE])
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resize_queue(%s, team_size => 2)", [QUEUE])
         await nothing_happens()
         calls.end(1)
         await nothing_happens()
@@ -224,7 +224,9 @@ async def test_a_row_that_somebody_holds_is_freed_by_its_end(engine_database: st
     async with at_work(engine_database, calls, team_size=2):
         await calls.are(1)
         with sql.transaction():
-            sql.execute("SELECT FROM jobdaemon.procrastinate_jobs WHERE id = %s FOR UPDATE", [calls.started[0]])
+            await asyncio.to_thread(
+                sql.execute, "SELECT FROM jobdaemon.procrastinate_jobs WHERE id = %s FOR UPDATE", [calls.started[0]]
+            )
             calls.end(1)
             await asyncio.sleep(1.3)
             assert len(calls.started) == 1

@@ -354,7 +354,7 @@ async def test_a_daemon_that_died_leaves_no_photo(database: str, order: Order, t
             process.kill()
             await process.wait()
             await artifacts.close()
-        order.rows("SELECT jobdaemon.cancel_order(%s)")
+        await asyncio.to_thread(order.rows, "SELECT jobdaemon.cancel_order(%s)")
         assert await asyncio.to_thread(is_there, link)
         async with daemon(settings, database):
             await until(lambda: link_of(order) is None)

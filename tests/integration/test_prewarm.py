@@ -76,7 +76,7 @@ class Studio:
     async def at_work(self, **variables: str) -> AsyncIterator[Daemon]:
         """A daemon whose customers are served by nobody after beautify, unless a test lets it."""
         async with daemon(self.settings(**variables), self.url) as running:
-            self.sql.execute("SELECT jobdaemon.pause_queue('generate.local')")
+            await asyncio.to_thread(self.sql.execute, "SELECT jobdaemon.pause_queue('generate.local')")
             yield running
 
     @property
@@ -172,7 +172,7 @@ async def test_an_order_finds_its_photo_retouched(studio: Studio) -> None:
         third = studio.orders("Free", studio.source)
         await studio.beautified(third)
         kept.unlink()
-        studio.sql.execute("SELECT jobdaemon.resume_queue('generate.local')")
+        await asyncio.to_thread(studio.sql.execute, "SELECT jobdaemon.resume_queue('generate.local')")
         await until(lambda: studio.orders.row(first)["finished_at"] is not None, timeout_s=60)
         assert studio.orders.row(first)["status"] == "completed"
         # Nothing is left to copy: the next order retouches the photo itself.
