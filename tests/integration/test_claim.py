@@ -13,6 +13,7 @@ from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.job import Job
 from jobdaemon.errors import LeaseLostError
 from jobdaemon.queue.store import PostgresJobStore, Promoted
+from tests.daemons import until
 from tests.factories import Jobs, Orders, Sql
 
 
@@ -80,6 +81,37 @@ async def test_paused_queue_gives_nothing(store: PostgresJobStore, daemon_id: in
     assert await store.claim("upload", daemon_id, 1) == []
     job_factory.sql.execute("SELECT jobdaemon.resume_queue('upload')")
     assert len(await store.claim("upload", daemon_id, 1)) == 1
+
+
+@pytest.mark.parametrize("change", ["paused = true", "cluster_limit = 0"])
+@pytest.mark.parametrize("keys", [None, ["a"]], ids=["plain", "keyed"])
+async def test_what_comes_after_a_pause_does_not_start(
+    daemon_id: int, job_factory: Jobs, engine_database: str, change: str, keys: list[str] | None
+) -> None:
+    """A claim that was under way when an operator paused or limited the queue takes no job that was enqueued after that."""
+    queue, sql = "generate.local", job_factory.sql
+    sql.execute("INSERT INTO jobdaemon.provider_keys (provider, alias) VALUES ('local', 'a')")
+    sql.execute("INSERT INTO jobdaemon.lifted_turns (queue) VALUES ('generate.local')")
+
+    def claim() -> set[int]:
+        with psycopg.connect(engine_database) as connection:
+            query = "SELECT id FROM jobdaemon.claim_jobs('generate.local', %s, 2, %s::text[]) WHERE id IS NOT NULL"
+            return {row[0] for row in connection.execute(query, [daemon_id, keys]).fetchall()}
+
+    with psycopg.connect(engine_database) as holder:
+        # With lifted work waiting, the claim stands still between the queue's row and the jobs: for whose turn it is.
+        holder.execute("SELECT FROM jobdaemon.lifted_turns FOR UPDATE")
+        lifted = job_factory(queue, priority=10_000_000)
+        claiming = asyncio.ensure_future(asyncio.to_thread(claim))
+        waiting = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        await until(lambda: sql.execute(waiting).fetchone() is not None)
+        sql.execute(f"UPDATE jobdaemon.queues SET {change} WHERE name = 'generate.local'".encode())
+        late = job_factory(queue)
+        holder.rollback()
+        assert await claiming == set()
+    assert {job_factory.row(job)["status"] for job in (lifted, late)} == {"todo"}
+    sql.execute("UPDATE jobdaemon.queues SET paused = false, cluster_limit = NULL WHERE name = 'generate.local'")
+    assert claim() == {lifted, late}
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5])
