@@ -112,3 +112,20 @@ async def test_running_jobs_workers_and_failures(sql: Sql, claimed_job_factory: 
     assert timing is not None
     assert timing["jobs"] == 1
     assert 0 <= timing["run_seconds_p50"] < 60
+
+
+@pytest.mark.parametrize(
+    ("lease", "said_nothing", "status"),
+    [("5 minutes", "2 minutes", "running"), ("5 minutes", "6 minutes", "silent"), ("9 seconds", "10 seconds", "silent")],
+)
+async def test_a_daemons_own_lease_says_when_it_is_silent(
+    sql: Sql, daemon_id: int, lease: str, said_nothing: str, status: str
+) -> None:
+    """A daemon is silent once its lease has lapsed, however long that is; what could run counts the slots of one that is not."""
+    update = "UPDATE jobdaemon.procrastinate_workers SET lease = %s::interval, last_heartbeat = now() - %s::interval"
+    sql.execute(update, [lease, said_nothing])
+    workers = sql.execute("SELECT daemon_id, status FROM jobdaemon.workers").fetchall()
+    assert workers == [{"daemon_id": daemon_id, "status": status}]
+    if lease == "5 minutes":
+        most = sql.execute("SELECT most FROM jobdaemon.lock_steering(ARRAY['upload'], ARRAY['upload'])").fetchall()
+        assert most == [{"most": 1 if status == "running" else None}]
