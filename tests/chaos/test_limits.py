@@ -20,7 +20,7 @@ SHORT = Plan(
     freeze_every=(1.5, 2.5),
     backlog=15,
     drain_s=120,
-    at_least=10,
+    at_least=6,
 )
 
 
@@ -36,8 +36,8 @@ async def test_the_limit_holds_through_kills_and_freezes(engine_database: str, t
     """While the limit moves and daemons die and freeze, no call starts above it, no image is stored twice, no order is lost."""
     figures = await run_chaos(SHORT, engine_database, tmp_path)
     _check(figures)
-    assert figures.starts > 50
-    assert figures.at_limit > 10, "the limit never bound: nothing was tested"
+    assert figures.starts > 30
+    assert figures.at_limit > 6, "the limit never bound: nothing was tested"
     assert figures.kills > 0
     assert figures.freezes > 0
 

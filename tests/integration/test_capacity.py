@@ -35,6 +35,7 @@ class FakeProvider:
         error: answered instead, while set.
         calls: (when by the loop's clock, whether it was accepted), of every call.
         peak: the most calls that were open at once since it was last set back.
+        hold: accepted calls stay open until it is set, while there is one.
     """
 
     limit: int
@@ -44,6 +45,7 @@ class FakeProvider:
     calls: list[tuple[float, bool]] = field(default_factory=list)
     open: int = 0
     peak: int = 0
+    hold: asyncio.Event | None = None
 
     async def __call__(self, attempt: Attempt) -> None:
         """One call."""
@@ -61,6 +63,8 @@ class FakeProvider:
         self.open += 1
         try:
             await asyncio.sleep(self.seconds)
+            if self.hold is not None:
+                await self.hold.wait()
         finally:
             self.open -= 1
 
@@ -224,13 +228,11 @@ async def test_a_circuit_opens_probes_and_closes(engine_database: str, sql: Sql)
         assert burst <= 4 + 8  # what eight slots had begun
         provider.error, provider.peak = None, 0
         await until(lambda: queue(sql)["circuit"] == "closed")
-        await until(
-            lambda: (
-                sql.execute("SELECT FROM jobdaemon.procrastinate_jobs WHERE status IN ('todo', 'doing') LIMIT 1").fetchone()
-                is None
-            )
-        )
-        assert provider.peak == 8
+        provider.hold = asyncio.Event()
+        await until(lambda: provider.peak == 8)
+        provider.hold.set()
+        unfinished = "SELECT FROM jobdaemon.procrastinate_jobs WHERE status IN ('todo', 'doing') LIMIT 1"
+        await until(lambda: sql.execute(unfinished).fetchone() is None)
 
 
 async def test_one_probe_over_all_daemons(engine_database: str, daemon_id: int, sql: Sql) -> None:
