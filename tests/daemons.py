@@ -25,6 +25,8 @@ from tests.factories import PLANS, QUEUES, RULES, beautified, generated, prewarm
 QUICK = EngineRules(
     heartbeat=timedelta(seconds=0.2), lease=timedelta(seconds=1), poll=timedelta(seconds=0.3), stop_grace=timedelta(seconds=5)
 )
+#: Nothing is taken from a daemon that stands still for a while, as one does on a busy machine.
+PATIENT = replace(QUICK, lease=timedelta(seconds=20))
 #: No poll within a test's lifetime: only signals and timers can wake anybody.
 NO_POLL = EngineRules(
     heartbeat=timedelta(seconds=0.5), lease=timedelta(seconds=60), poll=timedelta(seconds=60), stop_grace=timedelta(seconds=5)
@@ -112,7 +114,7 @@ async def running_daemon(
     url: str,
     stages: Stages,
     *,
-    engine: EngineRules = QUICK,
+    engine: EngineRules = PATIENT,
     rules: AttemptRules = RULES,
     team_size: int = 2,
     paid: Collection[str] = (),

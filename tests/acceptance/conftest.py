@@ -20,10 +20,10 @@ from tests.scratch import scratch_root
 
 PORTRAIT = Path(__file__).parents[1] / "data" / "astronaut.png"
 
-#: A dead daemon's work is taken up again after a second instead of twenty.
+#: A dead daemon's work is taken up again after four seconds instead of fifteen.
 QUICK = {
     "JOBDAEMON_ENGINE__HEARTBEAT": "200ms",
-    "JOBDAEMON_ENGINE__LEASE": "1s",
+    "JOBDAEMON_ENGINE__LEASE": "4s",
     "JOBDAEMON_ENGINE__POLL": "300ms",
 }
 

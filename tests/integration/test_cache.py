@@ -281,7 +281,7 @@ def spawn(shop: Shop) -> Iterator[Callable[[Sandbox], None]]:
             "JOBDAEMON_DATABASE_URL": shop.url,
             "JOBDAEMON_DATA_DIR": str(shop.folder),
             "JOBDAEMON_ENGINE__HEARTBEAT": "200ms",
-            "JOBDAEMON_ENGINE__LEASE": "1s",
+            "JOBDAEMON_ENGINE__LEASE": "20s",
             "JOBDAEMON_ENGINE__POLL": "300ms",
             "JOBDAEMON_GENERATE__OPENAI_IMAGES__BASE_URL": f"{sandbox.url}/v1",
             "JOBDAEMON_GENERATE__OPENAI_IMAGES__API_KEY": "sk-orders-test",

@@ -54,7 +54,7 @@ def settings_for(sandbox: Sandbox, folder: Path, **more: str) -> Settings:
     variables = {
         "DATA_DIR": str(folder),
         "ENGINE__HEARTBEAT": "200ms",
-        "ENGINE__LEASE": "1s",
+        "ENGINE__LEASE": "20s",
         "ENGINE__POLL": "200ms",
         "QUEUES__GENERATE__ATTEMPTS": "2",
         "QUEUES__GENERATE__BACKOFF": "20ms",
@@ -240,7 +240,7 @@ async def test_a_running_task_is_stopped_before_the_next_provider_is_asked(datab
             sandbox, tmp_path, GENERATE__COMFYUI__TASK_TIMEOUT="300ms", GENERATE__COMFYUI__IMAGES_PER_CALL="1"
         )
         async with daemon(settings, database) as running:
-            sandbox.behaviour.latency_s = 20.0
+            sandbox.behaviour.latency_s = 10.0
             await order.place(running, COMFYUI, images=1)
             await until(lambda: bool(order.moves()), timeout_s=60)
             sandbox.behaviour.latency_s = 0.05

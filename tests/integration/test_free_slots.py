@@ -12,6 +12,7 @@ from jobdaemon.domain.job import Task
 from jobdaemon.domain.outcome import End, Transition
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
+from jobdaemon.queue.team import Team
 from tests.daemons import NO_POLL, Stages, running_daemon, until
 from tests.factories import Row, Sql
 
@@ -70,11 +71,11 @@ async def nothing_happens() -> None:
 
 
 @asynccontextmanager
-async def at_work(url: str, calls: Calls, *, team_size: int) -> AsyncIterator[None]:
-    """A daemon whose attempts are *calls*, let go at the end."""
-    async with running_daemon(url, Stages(gate=calls), engine=NO_POLL, team_size=team_size):
+async def at_work(url: str, calls: Calls, *, team_size: int) -> AsyncIterator[Team]:
+    """The team of a daemon whose attempts are *calls*, let go at the end."""
+    async with running_daemon(url, Stages(gate=calls), engine=NO_POLL, team_size=team_size) as daemon:
         try:
-            yield
+            yield daemon.supervisor._teams[QUEUE]
         finally:
             calls.end(100)
             calls.kept.set()
@@ -119,10 +120,10 @@ async def test_a_slot_that_this_team_would_not_use_is_kept_to_the_end(engine_dat
     fill(sql, 2)
     limit(sql, cluster_limit=1)
     calls = Calls()
-    async with at_work(engine_database, calls, team_size=1):
+    async with at_work(engine_database, calls, team_size=1) as team:
         await calls.are(1)
         await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue(%s)", [QUEUE])
-        await nothing_happens()
+        await until(lambda: team.size == 0)
         calls.end(1)
         await nothing_happens()
         shown = depth(sql)
@@ -136,10 +137,10 @@ async def test_a_team_that_became_smaller_frees_no_slot_for_nobody(engine_databa
     fill(sql, 4)
     limit(sql, cluster_limit=3)
     calls = Calls()
-    async with at_work(engine_database, calls, team_size=3):
+    async with at_work(engine_database, calls, team_size=3) as team:
         await calls.are(3)
         await asyncio.to_thread(sql.execute, "SELECT jobdaemon.resize_queue(%s, team_size => 2)", [QUEUE])
-        await nothing_happens()
+        await until(lambda: team.size == 2)
         calls.end(1)
         await nothing_happens()
         shown = depth(sql)

@@ -67,7 +67,7 @@ async def test_a_daemon_without_the_key_leaves_the_call_to_one_that_has_it(datab
 
 async def test_a_key_whose_row_is_deleted_is_given_up(database: str, order: Order, tmp_path: Path) -> None:
     """The operator's word that a key is gone: another one asks for its tasks, and buys what it cannot have."""
-    async with Sandbox(Behaviour(latency_s=0.5)) as sandbox:
+    async with Sandbox(Behaviour(latency_s=1.5)) as sandbox:
         async with daemon(holding(sandbox.url, tmp_path, "b"), database) as running:
             await order.place(running)
             await until(lambda: order.accepted() == 2, timeout_s=60)
@@ -81,7 +81,7 @@ async def test_a_key_whose_row_is_deleted_is_given_up(database: str, order: Orde
 
 async def test_a_task_older_than_a_day_waits_for_nobody(database: str, order: Order, tmp_path: Path) -> None:
     """Every provider has forgotten it: the job does not wait for the daemon that bought it."""
-    async with Sandbox(Behaviour(latency_s=0.5)) as sandbox:
+    async with Sandbox(Behaviour(latency_s=1.5)) as sandbox:
         async with daemon(holding(sandbox.url, tmp_path, "b"), database) as running:
             await order.place(running)
             await until(lambda: order.accepted() == 2, timeout_s=60)

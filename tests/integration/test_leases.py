@@ -182,7 +182,7 @@ async def test_a_stopping_daemon_starts_nothing_more(
     """A claim whose answer is still out when its team has finished is called off: others take its job up."""
     monkeypatch.setattr(team, "_LAST_COMMIT_S", 0.3)
     calls = Calls("jobdaemon.upload")
-    async with late_answers(engine_database) as (proxy, url), running_daemon(url, Stages(calls.gate)) as daemon:
+    async with late_answers(engine_database) as (proxy, url), running_daemon(url, Stages(calls.gate), engine=QUICK) as daemon:
         job_factory("upload")
         await until(lambda: len(calls.runs) == 1)
         proxy.lets_through.clear()
@@ -341,8 +341,8 @@ async def test_nobody_that_lives_is_rescued(engine_database: str, order_factory:
     calls = Calls()
     stages = Stages(calls.gate)
     async with (
-        running_daemon(engine_database, stages, team_size=1) as one,
-        running_daemon(engine_database, stages, team_size=1) as other,
+        running_daemon(engine_database, stages, team_size=1, engine=QUICK) as one,
+        running_daemon(engine_database, stages, team_size=1, engine=QUICK) as other,
     ):
         orders = [order_factory("Free") for _ in range(2)]
         await until(lambda: len(calls.runs) == 2)
@@ -417,10 +417,10 @@ async def _rescued(store: PostgresJobStore, looker: int, end: End, *, meanwhile:
 async def test_jobs_come_along_when_a_daemons_row_is_removed(engine_database: str, order_factory: Orders, sql: Sql) -> None:
     """Somebody removes a daemon's row: what it runs is its own under its new id, and another daemon leaves it alone."""
     calls = Calls()
-    async with running_daemon(engine_database, Stages(calls.gate)) as one:
+    async with running_daemon(engine_database, Stages(calls.gate), engine=QUICK) as one:
         order_id = order_factory("Free")
         await until(lambda: len(calls.runs) == 1)
-        async with running_daemon(engine_database, Stages(calls.gate)) as other:
+        async with running_daemon(engine_database, Stages(calls.gate), engine=QUICK) as other:
             await asyncio.sleep(1.5 * QUICK.lease.total_seconds())  # it is steady
             before = one.supervisor.daemon_id
             await asyncio.to_thread(sql.execute, "DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [before])
@@ -439,7 +439,7 @@ async def test_jobs_of_a_removed_daemon_that_is_gone_are_rescued(
     """What has belonged to nobody for a whole lease is lost."""
     job = await claimed_job_factory.beautify(plan="Free")
     sql.execute("DELETE FROM jobdaemon.procrastinate_workers WHERE id = %s", [claimed_job_factory.daemon_id])
-    async with running_daemon(engine_database, Stages()) as daemon:
+    async with running_daemon(engine_database, Stages(), engine=QUICK) as daemon:
         await daemon.events.wait_for(JobsRescued, timeout=20)
         await until(lambda: claimed_job_factory.orders.row(job.order_id or 0)["status"] == "completed")
 
@@ -546,7 +546,7 @@ async def test_an_order_that_somebody_holds_holds_up_nothing_else(
 ) -> None:
     """While somebody holds one order, its jobs or images, all others are finished; then it is, in its first attempt."""
     calls = Calls("jobdaemon.upload")
-    async with running_daemon(engine_database, Stages(calls.gate), team_size=4):
+    async with running_daemon(engine_database, Stages(calls.gate), team_size=4, engine=QUICK):
         first = order_factory("Free")
         await until(lambda: len(calls.runs) == 2)
         async with held(engine_database, HOLDS[what], first):
@@ -562,7 +562,7 @@ async def test_an_order_that_somebody_holds_holds_up_nothing_else(
 async def test_an_order_that_somebody_refers_to_goes_on(engine_database: str, order_factory: Orders) -> None:
     """A transaction that inserts rows of its own with a foreign key to an order holds nothing up, that order neither."""
     calls = Calls("jobdaemon.upload")
-    async with running_daemon(engine_database, Stages(calls.gate), team_size=4):
+    async with running_daemon(engine_database, Stages(calls.gate), team_size=4, engine=QUICK):
         order = order_factory("Free")
         await until(lambda: len(calls.runs) == 2)
         async with held(engine_database, REFERENCE, order):
@@ -578,7 +578,7 @@ async def test_a_rescue_that_has_to_wait_does_not_stop_upkeep(
     first = await claimed_job_factory.beautify(plan="Free")
     silent = "UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = '-infinity' WHERE id = %s"
     sql.execute(silent, [claimed_job_factory.daemon_id])
-    async with running_daemon(engine_database, Stages()) as daemon:
+    async with running_daemon(engine_database, Stages(), engine=QUICK) as daemon:
         async with held(engine_database, HOLDS["order"], first.order_id or 0):
             await until(lambda: any("holds" in getattr(event, "error", "") for event in daemon.seen))
             await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue('beautify')")

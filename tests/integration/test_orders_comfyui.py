@@ -36,7 +36,7 @@ def _settings(sandbox: Sandbox, folder: Path) -> Settings:
     variables = {
         "DATA_DIR": str(folder),
         "ENGINE__HEARTBEAT": "200ms",
-        "ENGINE__LEASE": "1s",
+        "ENGINE__LEASE": "20s",
         "ENGINE__POLL": "300ms",
         "GENERATE__COMFYUI__SERVERS": f'["{sandbox.url}/comfyui/one", "{sandbox.url}/comfyui/two"]',
         "GENERATE__COMFYUI__WORKFLOW": str(ROOT / "config" / "comfyui-example.json"),

@@ -39,7 +39,7 @@ def settings_for(url: str, folder: Path, **section: str) -> Settings:
         | {
             "JOBDAEMON_DATA_DIR": str(folder),
             "JOBDAEMON_ENGINE__HEARTBEAT": "200ms",
-            "JOBDAEMON_ENGINE__LEASE": "1s",
+            "JOBDAEMON_ENGINE__LEASE": "20s",
             "JOBDAEMON_ENGINE__POLL": "300ms",
             "JOBDAEMON_QUEUES__GENERATE__BACKOFF": "50ms",
             "JOBDAEMON_PHOTOS__ALLOWED_HOSTS": url.removeprefix("http://"),

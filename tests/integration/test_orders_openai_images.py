@@ -37,7 +37,7 @@ def settings_for(sandbox: Sandbox, folder: Path, **generate: str) -> Settings:
         | {
             "JOBDAEMON_DATA_DIR": str(folder),
             "JOBDAEMON_ENGINE__HEARTBEAT": "200ms",
-            "JOBDAEMON_ENGINE__LEASE": "1s",
+            "JOBDAEMON_ENGINE__LEASE": "20s",
             "JOBDAEMON_ENGINE__POLL": "300ms",
             "JOBDAEMON_PHOTOS__ALLOWED_HOSTS": sandbox.url.removeprefix("http://"),
             "JOBDAEMON_QUEUES__GENERATE__TEAM_SIZE": "1",

@@ -33,7 +33,7 @@ def settings_for(url: str, folder: Path, **more: str) -> Settings:
         | {
             "JOBDAEMON_DATA_DIR": str(folder),
             "JOBDAEMON_ENGINE__HEARTBEAT": "200ms",
-            "JOBDAEMON_ENGINE__LEASE": "1s",
+            "JOBDAEMON_ENGINE__LEASE": "20s",
             "JOBDAEMON_ENGINE__POLL": "300ms",
             "JOBDAEMON_BEAUTIFY__BACKEND": "photo_enhance",
             "JOBDAEMON_BEAUTIFY__PHOTO_ENHANCE__URL": url,

@@ -96,7 +96,7 @@ async def test_a_standstill_stops_paid_calls_before_they_go_on(
     engine_database: str, calls: Calls, job_factory: Jobs, sql: Sql
 ) -> None:
     """A process that stood still aborts its paid calls before they read the answer that waits for them; free work goes on."""
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID]) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
         paid, _ = await _at_work(calls, job_factory)
         doubt = daemon.events.expect(LeaseInDoubt)
         calls.answer()
@@ -112,7 +112,7 @@ async def test_sleep_of_the_machine_stops_paid_calls(
     engine_database: str, calls: Calls, job_factory: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that slept, which the event loop's own clock does not count, aborts its paid calls before it beats again."""
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID]) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
         await _at_work(calls, job_factory)
         doubt = daemon.events.expect(LeaseInDoubt)
         awake = heartbeat.elapsed_s
@@ -132,7 +132,7 @@ def test_the_clock_of_a_lease_counts_sleep() -> None:
 
 async def test_a_short_standstill_stops_nothing(engine_database: str, calls: Calls, job_factory: Jobs) -> None:
     """Half a lease without a beat is no reason to throw a paid call away."""
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID]) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
         await _at_work(calls, job_factory)
         time.sleep(0.4 * LEASE_S)  # noqa: ASYNC251 - see above
         calls.answer()
@@ -144,7 +144,7 @@ async def test_beats_that_do_not_get_through_stop_paid_calls(
     engine_database: str, calls: Calls, job_factory: Jobs, sql: Sql
 ) -> None:
     """Where Postgres answers but no beat gets through, paid calls are aborted about when the lease ends; free work runs on."""
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID]) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
         paid, free = await _at_work(calls, job_factory)
         doubt = daemon.events.expect(LeaseInDoubt)
         with psycopg.connect(engine_database) as locker:
@@ -167,7 +167,7 @@ async def test_while_postgres_is_away_nothing_is_stopped(
     """Paid calls outlive an outage of Postgres, however long, and its end: nobody else can have their jobs."""
     [row] = sql.execute("SELECT current_database() AS name").fetchall()
     name = row["name"]
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID]) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
         await _at_work(calls, job_factory)
         lost, back = daemon.events.expect(DatabaseLost), daemon.events.expect(DatabaseBack)
         postgres.admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")

@@ -28,7 +28,7 @@ from tests.daemons import Stages, running_daemon, until
 from tests.factories import Orders, Row, Sql
 from tests.integration.test_orders_openai_images import PORTRAIT, daemon
 
-QUICK = {"JOBDAEMON_ENGINE__HEARTBEAT": "200ms", "JOBDAEMON_ENGINE__LEASE": "1s", "JOBDAEMON_ENGINE__POLL": "300ms"}
+QUICK = {"JOBDAEMON_ENGINE__HEARTBEAT": "200ms", "JOBDAEMON_ENGINE__LEASE": "20s", "JOBDAEMON_ENGINE__POLL": "300ms"}
 
 
 class CountingBackend:
@@ -393,7 +393,7 @@ async def test_killed_while_it_prewarms(studio: Studio, crew: subprocess.Popen[b
     await until(lambda: bool(studio.sql.execute(query, [job_id, crew.pid]).fetchall()), timeout_s=60)
     crew.send_signal(signal.SIGKILL)
     studio.sql.execute("UPDATE jobdaemon.procrastinate_workers SET lease = interval '1 second'")
-    async with studio.at_work():
+    async with studio.at_work(ENGINE__LEASE="1s"):
         await studio.ended(job_id)
         row = studio.job(job_id)
         assert (row["attempts"], row["deaths"], studio.calls, studio.stats()) == (1, 1, 1, (1, 0))

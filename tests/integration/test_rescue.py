@@ -76,7 +76,10 @@ async def test_dead_daemons_job_is_rescued_once_and_costs_nothing(
     job = await claimed_job_factory.beautify(plan="Free")
     _silence(sql, claimed_job_factory.daemon_id)
     stages = Stages()
-    async with running_daemon(engine_database, stages) as one, running_daemon(engine_database, stages) as two:
+    async with (
+        running_daemon(engine_database, stages, engine=QUICK) as one,
+        running_daemon(engine_database, stages, engine=QUICK) as two,
+    ):
         done = [asyncio.ensure_future(daemon.events.wait_for(OrderSettled, timeout=20)) for daemon in (one, two)]
         finished, pending = await asyncio.wait(done, return_when=asyncio.FIRST_COMPLETED)
         for task in (*finished, *pending):
@@ -135,7 +138,7 @@ async def test_removed_daemon_registers_again_and_finishes_what_it_runs(
         await may_go.wait()
 
     stages = Stages(gate)
-    async with running_daemon(engine_database, stages) as daemon:
+    async with running_daemon(engine_database, stages, engine=QUICK) as daemon:
         before = daemon.supervisor.daemon_id
         first = order_factory("Free")
         async with asyncio.timeout(60):
@@ -176,7 +179,7 @@ async def test_lost_listening_connection_comes_back(engine_database: str, order_
 async def test_every_connection_killed_in_the_middle_of_work(engine_database: str, order_factory: Orders, sql: Sql) -> None:
     """Backends killed again and again, whatever they are doing: every order completes and no attempt is spent."""
     stages = Stages()
-    async with running_daemon(engine_database, stages, team_size=5):
+    async with running_daemon(engine_database, stages, team_size=5, engine=QUICK):
         orders = [order_factory("Free") for _ in range(30)]
         for _ in range(15):
             _killed(sql, "jobdaemon %")
@@ -193,7 +196,7 @@ async def test_every_connection_killed_in_the_middle_of_work(engine_database: st
 async def test_claim_whose_answer_was_lost_is_handed_back(engine_database: str, order_factory: Orders, sql: Sql) -> None:
     """A job that the database gave to a daemon that never heard of it is noticed by that daemon and run."""
     stages = Stages()
-    async with running_daemon(engine_database, stages) as daemon:
+    async with running_daemon(engine_database, stages, engine=QUICK) as daemon:
         await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue('beautify')")
         order_id = order_factory("Free")
         settled = daemon.events.expect(OrderSettled)
@@ -236,7 +239,7 @@ async def test_postgres_restarted_in_the_middle_of_work(own_server: tuple[Embedd
     stages = Stages(gate)
     with psycopg.connect(url, autocommit=True, row_factory=dict_row) as sql:
         order_id = Orders(sql)("Free")
-    async with running_daemon(url, stages) as daemon:
+    async with running_daemon(url, stages, engine=QUICK) as daemon:
         async with asyncio.timeout(60):
             await going.wait()
         finished = daemon.events.expect(JobStarted)
@@ -265,7 +268,7 @@ async def test_stop_hands_back_unspent(engine_database: str, order_factory: Orde
         await asyncio.Event().wait()
 
     order_id = order_factory("Free")
-    async with running_daemon(engine_database, Stages(gate)), asyncio.timeout(60):
+    async with running_daemon(engine_database, Stages(gate), engine=QUICK), asyncio.timeout(60):
         await going.wait()
     [row] = order_factory.jobs(order_id)
     assert (row["status"], row["attempts"], row["deaths"], row["worker_id"]) == ("todo", 0, None, None)
@@ -281,7 +284,7 @@ async def test_stop_waits_for_what_ends_within_the_grace(engine_database: str, o
         await may_go.wait()
 
     order_id = order_factory("Free")
-    async with running_daemon(engine_database, Stages(gate)) as daemon:
+    async with running_daemon(engine_database, Stages(gate), engine=QUICK) as daemon:
         async with asyncio.timeout(60):
             await going.wait()
         daemon.supervisor.stop("SIGTERM")

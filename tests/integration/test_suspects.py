@@ -13,7 +13,7 @@ from jobdaemon.errors import ProviderRefusedError
 from jobdaemon.events import JobFinished, JobIsolated, JobsRescued
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
-from tests.daemons import NO_POLL, Stages, running_daemon, until
+from tests.daemons import NO_POLL, QUICK, Stages, running_daemon, until
 from tests.factories import Claimed, Jobs, Sql
 
 
@@ -118,7 +118,7 @@ async def _die(store: PostgresJobStore, sql: Sql, *jobs: int, queue: str = "uplo
 async def _rescued(engine_database: str, sql: Sql, count: int) -> None:
     """Let a daemon that works on nothing rescue them; paused queues keep it from running them."""
     sql.execute("UPDATE jobdaemon.queues SET paused = true")
-    async with running_daemon(engine_database, Stages()) as daemon:
+    async with running_daemon(engine_database, Stages(), engine=QUICK) as daemon:
         rescued = 0
         while rescued < count:
             rescued += (await daemon.events.wait_for(JobsRescued, timeout=20)).count
