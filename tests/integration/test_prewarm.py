@@ -24,7 +24,7 @@ from jobdaemon.domain.artifact import source_key
 from jobdaemon.domain.job import PREWARM_PRIORITY, Task
 from jobdaemon.ports import Attempt, BeautifiedPhoto, BeautifyBackend
 from jobdaemon.settings import Settings, load_settings
-from tests.daemons import Stages, running_daemon, until
+from tests.daemons import NO_POLL, Stages, running_daemon, until
 from tests.factories import Orders, Row, Sql
 from tests.integration.test_orders_openai_images import PORTRAIT, daemon
 
@@ -104,16 +104,6 @@ class Studio:
         assert row is not None
         return row
 
-    def seconds(self, job_id: int) -> float:
-        """How long its attempt took, claim and commit included."""
-        row = self.sql.execute(
-            "SELECT extract(epoch FROM max(at) - min(at))::float8 AS seconds FROM jobdaemon.procrastinate_events"
-            " WHERE job_id = %s AND type IN ('started', 'succeeded')",
-            [job_id],
-        ).fetchone()
-        assert row is not None
-        return float(row["seconds"])
-
     async def ended(self, job_id: int, status: str = "succeeded") -> None:
         await until(lambda: self.job(job_id)["status"] not in ("todo", "doing"), timeout_s=60)
         assert self.job(job_id)["status"] == status
@@ -153,12 +143,10 @@ def studio(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 async def test_an_order_finds_its_photo_retouched(studio: Studio) -> None:
     """After a prewarm an order for the same bytes, under whatever key, asks no backend and has a copy of its own to the end."""
     async with studio.at_work():
-        before = studio.prewarm()
-        await studio.ended(before)
+        await studio.ended(studio.prewarm())
         assert (studio.calls, studio.stats()) == (1, (1, 0))
         first = studio.orders("Free", studio.source, images=1)
         copied = await studio.beautified(first)
-        assert studio.seconds(studio.orders.jobs(first)[0]["id"]) < studio.seconds(before) / 2
         studio.store("artifact:elsewhere/the-same.png", PORTRAIT.read_bytes())
         second = studio.orders("Pro", "artifact:elsewhere/the-same.png")
         assert (await studio.beautified(second))["sha256"] == copied["sha256"]
@@ -335,14 +323,14 @@ async def test_a_cancelled_prewarm_stops(engine_database: str, sql: Sql) -> None
         begun.set()
         await asyncio.Event().wait()
 
-    async with running_daemon(engine_database, Stages(gate), team_size=1):
+    async with running_daemon(engine_database, Stages(gate), engine=NO_POLL, team_size=1):
         row = (await asyncio.to_thread(sql.execute, "SELECT job_id FROM jobdaemon.prewarm('artifact:sources/a.jpg')")).fetchone()
         assert row is not None
         await asyncio.wait_for(begun.wait(), 20)
         started = time.monotonic()
         await asyncio.to_thread(sql.execute, "SELECT jobdaemon.cancel_prewarm(%s)", [row["job_id"]])
         await until(lambda: sql.execute("SELECT running FROM jobdaemon.prewarm_stats").fetchone() == {"running": 0})
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 20  # the poll is a minute away
     job = sql.execute("SELECT status FROM jobdaemon.procrastinate_jobs").fetchone()
     assert job == {"status": "aborted"}
 
