@@ -55,7 +55,7 @@ async def test_the_limit_holds_for_minutes(engine_database: str, tmp_path: Path)
 async def test_the_referee_sees_a_limit_that_leaks(engine_database: str, sql: Sql, tmp_path: Path) -> None:
     """With a claim that counts but does not wait for its neighbours, the referee finds starts above the limit."""
     [row] = sql.execute("SELECT pg_get_functiondef('jobdaemon.claim_jobs'::regproc) AS definition").fetchall()
-    leaky = row["definition"].replace("pg_advisory_xact_lock", "pg_advisory_xact_lock_shared")
+    leaky = row["definition"].replace("pg_advisory_xact_lock(", "pg_advisory_xact_lock_shared(")
     assert leaky != row["definition"]
     sql.execute(leaky)
     figures = await run_chaos(SHORT, engine_database, tmp_path)

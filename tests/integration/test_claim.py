@@ -114,6 +114,22 @@ async def test_what_comes_after_a_pause_does_not_start(
     assert claim() == {lifted, late}
 
 
+async def test_a_first_limit_counts_what_is_being_claimed(
+    store: PostgresJobStore, daemon_id: int, job_factory: Jobs, engine_database: str
+) -> None:
+    """Jobs that a claim under way takes without a limit are counted by the first claim under one, though not committed yet."""
+    for _ in range(9):
+        job_factory()
+    with psycopg.connect(engine_database) as early:
+        claimed = early.execute("SELECT id FROM jobdaemon.claim_jobs('upload', %s, 4)", [daemon_id]).fetchall()
+        job_factory.sql.execute("UPDATE jobdaemon.queues SET cluster_limit = 5 WHERE name = 'upload'")
+        counting = asyncio.ensure_future(store.claim("upload", daemon_id, 3))
+        waiting = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        await until(lambda: counting.done() or job_factory.sql.execute(waiting).fetchone() is not None)
+        early.commit()
+    assert (len(claimed), len(await counting)) == (4, 1)
+
+
 @pytest.mark.parametrize("limit", [0, 1, 5])
 async def test_cluster_limit_is_exact(stores: list[PostgresJobStore], daemon_id: int, job_factory: Jobs, limit: int) -> None:
     """However many daemons claim at once, no more jobs run than the limit, and as many as it allows."""
