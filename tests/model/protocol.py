@@ -33,6 +33,7 @@ from tests.model.state import (
     ABOVE_LIMIT,
     AFTER_CANCEL,
     ALIVE,
+    ALONE,
     CALLING,
     CLAIMED,
     COMMITS,
@@ -52,6 +53,7 @@ from tests.model.state import (
     RESCUES,
     RESCUING,
     RETURNING,
+    SHARED,
     STORED_TWICE,
     TAKEN,
     TODO,
@@ -97,6 +99,7 @@ class Rules:
         has_own_token: each claim has a token of its own; else the daemon's id is its token.
         guards_rows: a write applies only to a row that is still in the state it starts from.
         counts_under_lock: what runs is counted under the queue's lock, held until the claim has committed.
+        shares_lock: claims that see no limit hold that lock together; else not at all.
         counts_jobs: what runs is counted in the jobs; else in a table of leases that the engine's own ends clear.
         frees_early: a slot may be free before the call of its attempt is over.
         mark_is_the_claims: that a slot is free is said of one claim; else of the job, whoever claims it.
@@ -115,6 +118,7 @@ class Rules:
     has_own_token: bool = True
     guards_rows: bool = True
     counts_under_lock: bool = True
+    shares_lock: bool = True
     counts_jobs: bool = True
     frees_early: bool = False
     mark_is_the_claims: bool = True
@@ -124,6 +128,14 @@ class Rules:
     asks_again: bool = True
     disowns_strays: bool = True
     outages_are_noticed: bool = True
+
+    def lock(self, limit: int) -> str:
+        """How a claim that has seen this limit holds the queue's lock."""
+        if not self.counts_under_lock:
+            return ""
+        if limit != NO_LIMIT:
+            return ALONE
+        return SHARED if self.shares_lock else ""
 
 
 AS_BUILT = Rules()
@@ -322,8 +334,8 @@ class World:
     def _claim_counts(self, state: State, number: int) -> Iterator[Step[State]]:
         """Lock, limit, count: nobody's claim under the same lock can come between, so they are one step."""
         others = [other.claim for place, other in enumerate(state.daemons) if place != number and other.claim.stage == "counted"]
-        has_lock = self.rules.counts_under_lock and state.limit != NO_LIMIT
-        if has_lock and any(claim.has_lock for claim in others):
+        lock = self.rules.lock(state.limit)
+        if lock and any(claim.lock == ALONE or (claim.lock and lock == ALONE) for claim in others):
             return  # it waits for the lock
         running = self._running(state)
         granted = _may_start(self._free_slots(state, number), running, state.limit)
@@ -331,9 +343,10 @@ class World:
             granted = 0
         daemon = state.daemons[number]
         if granted > 0:
-            # A claim that began without a limit is still under way: that limit is not over yet.
-            allowed = max([state.limit, *(claim.allowed for claim in others)])
-            counted = daemon._replace(claim=Claim("counted", allowed, granted, has_lock))
+            # From now on this limit is in force for every call that has not started.
+            jobs = with_limit_seen(state.jobs, state.limit)
+            state = state._replace(jobs=jobs, daemons=tuple(seen_by(other, state.limit) for other in state.daemons))
+            counted = daemon._replace(claim=Claim("counted", state.limit, granted, lock))
             yield Step(f"d{number} claims: {running} run, {granted} may start", with_daemon(state, number, counted))
         elif self.mishaps.held_claims:
             yield Step(f"d{number} claims nothing", with_daemon(state, number, daemon._replace(claim=NO_CLAIM)))
@@ -345,15 +358,14 @@ class World:
         state = with_daemon(state, number, daemon._replace(claim=NO_CLAIM))
         for places in itertools.combinations(ready, min(claim.granted, len(ready))):
             attempt = Attempt(number, CLAIMED, is_apart=has_lapsed_alone(daemon), allowed=claim.allowed)
-            vain = list(with_limit_seen(state.jobs, claim.allowed))
+            vain = list(state.jobs)
             for place in places:
                 job = vain[place]
                 # The token is a new one: whoever held the old one holds it no more.
                 older = tuple(other._replace(holds=False) for other in job.attempts)
                 vain[place] = job._replace(status=DOING, worker=number, is_forfeit=attempt.is_apart, attempts=older)
-            daemons = tuple(seen_by(other, claim.allowed) for other in state.daemons)
             names = ", ".join(f"job {place}" for place in places) or "nothing"
-            after = state._replace(jobs=tuple(vain), daemons=daemons)
+            after = state._replace(jobs=tuple(vain))
             if daemon.mode in (DEAD, CUT_OFF):
                 yield Step(f"d{number} gets {names} but never hears of it", after)
                 continue

@@ -12,6 +12,8 @@ from jobdaemon.domain.outcome import End, Verdict
 LEASE, TRUSTED = 2, 1
 #: A daemon whose last heartbeat has failed.
 UNSTEADY = -1
+#: How a claim may hold the queue's lock.
+ALONE, SHARED = "alone", "shared"
 #: More than any number of jobs: a queue without a limit.
 NO_LIMIT = 9
 #: Whose job it is when it is nobody's, and when its daemon was started anew: the new one has another id.
@@ -103,13 +105,13 @@ class Claim(NamedTuple):
         stage: "asked": on its way to the database; "counted": it knows how many it may take.
         allowed: the limit it has seen.
         granted: how many jobs it may take.
-        has_lock: whether others that need the queue's lock wait for it.
+        lock: how it holds the queue's lock: ALONE, SHARED with others that saw no limit, or "" for not at all.
     """
 
     stage: str = ""
     allowed: int = 0
     granted: int = 0
-    has_lock: bool = False
+    lock: str = ""
 
 
 NO_CLAIM = Claim()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.model.explorer import Exploration, Step, explore
-from tests.model.protocol import BEFORE, NEVER, Rules, World
+from tests.model.protocol import AS_BUILT, BEFORE, NEVER, Rules, World
 from tests.model.state import (
     ABOVE_LIMIT,
     LOST,
@@ -76,6 +77,7 @@ FREEZE, OUTAGE, LOST_ANSWER, LEAP = Mishaps(freezes=1), Mishaps(outages=1), Mish
 MISTAKES = {
     "unfenced": (Rules(is_fenced=False), FREEZE, UNFENCED),
     "count_then_claim": (Rules(counts_under_lock=False), Mishaps(), ABOVE_LIMIT),
+    "first_limit": (Rules(shares_lock=False), Mishaps(limit_changes=1), ABOVE_LIMIT),
     "slot_free_early": (Rules(frees_early=True), Mishaps(), ABOVE_LIMIT),
     "slot_free_for_ever": (Rules(mark_is_the_claims=False), FREEZE, ABOVE_LIMIT),
     "release_by_timer": (Rules(releases_by_timer=True), Mishaps(), ABOVE_LIMIT),
@@ -91,6 +93,12 @@ MISTAKES = {
     "fence_without_status": (Rules(fences_by_status=False), LOST_ANSWER, TWICE),
     "unguarded_rows": (Rules(guards_rows=False), LOST_ANSWER, STORED_TWICE),
 }
+
+
+def world_of(name: str, rules: Rules = AS_BUILT) -> World:
+    """Where this mistake shows."""
+    world = World(mishaps=MISTAKES[name][1], rules=rules, leaves=name.startswith("slot_free"))
+    return replace(world, jobs=3, limits=(NO_LIMIT, 1)) if name == "first_limit" else world
 
 
 #: What the engine takes for granted, and the promise that breaks where it is not so.
@@ -132,8 +140,8 @@ def test_nor_where_more_happens_at_once(name: str) -> None:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_each_mistake_is_found(name: str) -> None:
     """Every known way to build it wrong breaks the promise that it endangers, in a story that docs/model.md can tell."""
-    rules, mishaps, promise = MISTAKES[name]
-    found = explored(World(mishaps=mishaps, rules=rules, leaves=name.startswith("slot_free")), promise=promise)
+    rules, _, promise = MISTAKES[name]
+    found = explored(world_of(name, rules), promise=promise)
     print(f"{name}:\n{found}")  # noqa: T201 - shown with -rP, and when this fails
     assert found.broken == promise
     assert re.search(rf"^\| `{name}` \|.*\| {len(found.story)} \|$", PAGE, re.MULTILINE), "docs/model.md tells another length"
@@ -159,8 +167,7 @@ def test_what_is_taken_from_the_living_ends_above_the_limit(name: str) -> None:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_because_of_the_mistake(name: str) -> None:
     """The same world without the mistake keeps the promise: the mishaps alone break nothing."""
-    _, mishaps, _ = MISTAKES[name]
-    assert explored(World(mishaps=mishaps, leaves=name.startswith("slot_free"))).broken is None
+    assert explored(world_of(name)).broken is None
 
 
 @pytest.mark.parametrize("name", ASSUMPTIONS)
