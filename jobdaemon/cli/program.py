@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -149,6 +150,9 @@ app.add_typer(config.app, name="config")
 
 def run_program() -> int:
     """Run the verb in ``sys.argv`` and return the exit code."""
+    # psycopg warns as it closes a connection that Ctrl-C took in the middle of a statement: that tells a user nothing. A verb
+    # that keeps a log has it there.
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):
         # A terminal or pipe that is not UTF-8 must not turn a customer's name into an error.
         if hasattr(stream, "reconfigure"):

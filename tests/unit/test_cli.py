@@ -33,6 +33,20 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
+def test_what_psycopg_ignores_is_no_concern_of_a_user() -> None:
+    """Ctrl-C in the middle of a statement leaves a connection that cannot roll back; psycopg's word on that is not printed."""
+    program = """
+import logging, sys
+sys.argv = ["jobdaemon", "version"]
+from jobdaemon.cli.program import run_program
+run_program()
+logging.getLogger("psycopg").warning("error ignored in rollback")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("jobdaemon ")
+    assert result.stderr == ""
+
+
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     """Importing the command line and showing its help loads no library that a verb needs, and takes well under a second."""
     program = """
