@@ -1,5 +1,6 @@
 -- A claim reads its queue's row and then looks for jobs, a moment later: it may see jobs that came after the row had changed. Whoever
--- has been told that a queue is paused, or what its limit is now, may count on it for all that he enqueues from then on.
+-- has been told that a queue is paused, or what its limit is now, may count on it for all that he enqueues from then on; and a
+-- queue's first limit counts what is being claimed without one.
 
 -- squawk-ignore renaming-object
 ALTER FUNCTION pick_jobs(queues, integer, bigint[]) RENAME TO pick_ready_jobs;

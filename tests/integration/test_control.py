@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,8 +14,8 @@ from jobdaemon.queue.supervisor import EngineRules
 from tests.daemons import NO_POLL, Stages, running_daemon, until
 from tests.factories import RULES, Jobs, Orders, Sql
 
-#: Promised is 1 s; measured on a free machine a tenth of that. A busy one may be late, but the poll is a minute away.
-BOUND_S = 20
+#: Promised to whoever cancels is 1 s. Two rounds of five may be late on a busy machine, but the poll is a minute away.
+PROMISED_S, ROUNDS, LATE_S = 1.0, 5, 20.0
 
 
 class Doors:
@@ -32,21 +33,25 @@ class Doors:
             await self.open.wait()
 
 
-async def test_cancel_stops_what_runs_at_once(engine_database: str, order_factory: Orders, sql: Sql) -> None:
+async def test_cancel_stops_what_runs_within_a_second(engine_database: str, order_factory: Orders, sql: Sql) -> None:
     """A running generate attempt hears of its order's end at once, and its job ends aborted, whatever it would have made."""
-    doors = Doors()
-    async with running_daemon(engine_database, Stages(gate=doors), engine=NO_POLL) as daemon:
-        order_id = order_factory("Free")
-        await asyncio.wait_for(doors.came.wait(), 15)
-        ended = daemon.events.expect(JobFinished, lambda event: event.outcome == "cancelled")
-        began = asyncio.get_running_loop().time()
-        # In a thread: it may wait for an order that a commit on this event loop holds.
-        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.cancel_order(%s)", [order_id])
-        assert (await ended.wait(60)).order_id == order_id
-        assert asyncio.get_running_loop().time() - began < BOUND_S
-    statuses = {job["task_name"]: job["status"] for job in order_factory.jobs(order_id)}
-    assert statuses == {Task.BEAUTIFY: "succeeded", Task.GENERATE: "aborted"}
-    assert order_factory.row(order_id)["status"] == "cancelled"
+    seconds: list[float] = []
+    loop = asyncio.get_running_loop()
+    for _ in range(ROUNDS):
+        doors = Doors()
+        async with running_daemon(engine_database, Stages(gate=doors), engine=NO_POLL) as daemon:
+            order_id = order_factory("Free")
+            await asyncio.wait_for(doors.came.wait(), 15)
+            ended = daemon.events.expect(JobFinished, lambda event: event.outcome == "cancelled")
+            began = loop.time()
+            # In a thread: it may wait for an order that a commit on this event loop holds.
+            await asyncio.to_thread(sql.execute, "SELECT jobdaemon.cancel_order(%s)", [order_id])
+            assert (await ended.wait(LATE_S)).order_id == order_id
+            seconds.append(loop.time() - began)
+        statuses = {job["task_name"]: job["status"] for job in order_factory.jobs(order_id)}
+        assert statuses == {Task.BEAUTIFY: "succeeded", Task.GENERATE: "aborted"}
+        assert order_factory.row(order_id)["status"] == "cancelled"
+    assert statistics.median(seconds) < PROMISED_S, seconds
 
 
 async def test_an_upload_runs_out_when_its_order_is_cancelled(engine_database: str, order_factory: Orders, sql: Sql) -> None:
@@ -91,11 +96,9 @@ async def test_a_raised_limit_is_used_at_once(engine_database: str, job_factory:
         job_factory("upload")
         await asyncio.sleep(0.3)  # nothing must start
         assert not doors.came.is_set()
-        began = asyncio.get_running_loop().time()
         started = daemon.events.expect(JobStarted)
         await asyncio.to_thread(sql.execute, "UPDATE jobdaemon.queues SET cluster_limit = 1 WHERE name = 'upload'")
-        await started.wait(60)
-        assert asyncio.get_running_loop().time() - began < BOUND_S
+        await started.wait(LATE_S)
         doors.open.set()
 
 

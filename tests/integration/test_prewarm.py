@@ -316,7 +316,7 @@ async def test_an_order_waits_for_no_prewarm_of_its_photo(engine_database: str, 
 
 
 async def test_a_cancelled_prewarm_stops(engine_database: str, sql: Sql) -> None:
-    """The daemon that runs it hears of it within a second, and the slot is free."""
+    """The daemon that runs it hears of it without a poll, and the slot is free."""
     begun = asyncio.Event()
 
     async def gate(attempt: Attempt) -> None:
