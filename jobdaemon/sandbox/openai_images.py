@@ -131,9 +131,7 @@ class _Api:
         with self._shop.enter(API, key) as full:
             if full is not None:
                 raise _rate_limited(full.retry_after_s)
-            wish = await read(request)
-            files = await self._make(request, key, wish, began_at)
-            return files if isinstance(files, web.Response) else await self._answer(wish, files)
+            return await self._make(request, key, await read(request), began_at)
 
     def _key(self, request: web.Request) -> str:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
@@ -142,8 +140,8 @@ class _Api:
         self._shop.account(API, "").unauthorised += 1
         raise ApiError(401, "You didn't provide an API key.", code="invalid_api_key")
 
-    async def _make(self, request: web.Request, key: str, wish: _Wish, began_at: float) -> list[File] | web.Response:
-        """Files that were bought, or the answer of a proxy in between."""
+    async def _make(self, request: web.Request, key: str, wish: _Wish, began_at: float) -> web.Response:
+        """The answer with what was bought, or that of a proxy in between."""
         shop, digest = self._shop, prompt_digest(wish.prompt)
         self._calls_of_prompt[digest] += 1
         among = CALL_FAULTS | ({Fault.PARTIAL} if wish.count > 1 else set())
@@ -162,14 +160,17 @@ class _Api:
                 if request.transport is not None:
                     request.transport.abort()
                 return web.Response()
-        await shop.work(fault, began_at=began_at, size=wish.size_px)
         if fault is Fault.ERROR:
+            await shop.work(fault, began_at=began_at, size=wish.size_px)
             raise ApiError(500, "The server had an error while processing your request.", kind="server_error")
         count = wish.count // 2 if fault is Fault.PARTIAL else wish.count
-        files = shop.buy(API, wish.prompt, count, size=wish.size_px)
+        # Written within the time that the work takes: a call is to last as long as it was told to.
+        answer = await self._answer(wish, shop.make(API, count, size=wish.size_px))
+        await shop.work(fault, began_at=began_at, size=wish.size_px)
+        shop.charge(API, wish.prompt, count)
         if fault is Fault.TIMEOUT:
             await asyncio.Event().wait()  # until the caller is gone
-        return files
+        return answer
 
     async def _answer(self, wish: _Wish, files: list[File]) -> web.Response:
         if wish.is_chat:

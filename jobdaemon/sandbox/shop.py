@@ -216,9 +216,17 @@ class Shop:
         Args:
             size: width and height in pixels that the call asks for; None when it leaves them open.
         """
+        self.charge(api, prompt, count, price=price)
+        return self.make(api, count, size=size)
+
+    def make(self, api: str, count: int, *, size: tuple[int, int] | None = None) -> list[File]:
+        """*count* images, for nothing as yet; *size* as for :meth:`buy`."""
+        return [self._file(api, self._size(size)) for _ in range(count)]
+
+    def charge(self, api: str, prompt: str, count: int, *, price: float = _PRICE) -> None:
+        """What was made of *prompt* now costs money."""
         self._bought.setdefault(api, Counter())[prompt_digest(prompt)] += count
         self._money[api] += round(price * count * 10_000)
-        return [self._file(api, self._size(size)) for _ in range(count)]
 
     def _size(self, asked: tuple[int, int] | None) -> tuple[int, int]:
         if self.behaviour.image_px is not None:
