@@ -50,6 +50,8 @@ _TRANSIENT_STATUSES = {408, 425}
 _SHOWN_PATH_CHARACTERS = 80
 #: What is handed to a sink at once: a thread for each block of the network would cost more than the writing.
 _POUR_BYTES = 1 << 18
+#: A body up to this size is sent as a whole: a form comes in twenty parts, and each would be a write of its own.
+_JOINED_BYTES = 1 << 23
 
 _REFUSED_V4 = [
     ipaddress.IPv4Network(network)
@@ -255,6 +257,8 @@ class GuardedClient:
         )
         form.extensions = {"timeout": self._timeout.as_dict() | {"read": timeout.total_seconds()}}
         assert isinstance(form.stream, httpx.AsyncByteStream)
+        if int(form.headers.get("content-length", _JOINED_BYTES)) < _JOINED_BYTES:
+            form.stream = httpx.ByteStream(await form.aread())
         form.stream = sent = _SentBody(form.stream)
         try:
             async with asyncio.timeout(timeout.total_seconds()):
