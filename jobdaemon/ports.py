@@ -6,7 +6,7 @@ Each port has one conformance suite under ``tests/conformance`` that every imple
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol
@@ -275,6 +275,21 @@ class ImageRow:
     call_id: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """
+    What generating a batch of images begins with.
+
+    Attributes:
+        images: those of the batch, and all others of the order that have a prompt in common with them, by index.
+        open_call: the newest call that an earlier attempt of this job noted, if its end is unknown.
+    """
+
+    order: OrderRow
+    images: list[ImageRow]
+    open_call: ProviderCall | None
+
+
 class ImageFacts(Protocol):
     """What decoding an image tells."""
 
@@ -309,8 +324,8 @@ class OrderReader(Protocol):
         """One image of the order, or None when it has none of this index."""
         ...
 
-    async def open_call(self, job_id: int) -> ProviderCall | None:
-        """The newest call that an earlier attempt of this job noted, if its end is unknown."""
+    async def load_batch(self, order_id: int, job_id: int, images: Sequence[int]) -> Batch | None:
+        """The order and what became of it so far, for the job that makes these of its images; None when there is no order."""
         ...
 
     async def collectable_call(self, call_id: int) -> ProviderCall | None:

@@ -16,6 +16,7 @@ from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import RetryPolicy
 from jobdaemon.domain.write import ImageGenerated, ImageStored, PhotoBeautified, PhotoPrewarmed
+from jobdaemon.ports import ProviderCall
 from jobdaemon.queue.attempt import AttemptRules
 from jobdaemon.queue.store import PostgresJobStore
 
@@ -147,6 +148,14 @@ class Jobs:
         row = self.sql.execute("SELECT * FROM jobdaemon.procrastinate_jobs WHERE id = %s", [job_id]).fetchone()
         assert row is not None
         return row
+
+
+async def open_call(store: PostgresJobStore, order_id: int | None, job_id: int) -> ProviderCall | None:
+    """The newest call of this job that is not known to have ended."""
+    assert order_id is not None
+    batch = await store.orders.load_batch(order_id, job_id, [])
+    assert batch is not None
+    return batch.open_call
 
 
 @dataclass(slots=True)

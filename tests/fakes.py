@@ -14,6 +14,7 @@ from jobdaemon.domain.job import Job
 from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
 from jobdaemon.errors import ArtifactMissingError, LeaseLostError, UnsupportedImageError
 from jobdaemon.ports import (
+    Batch,
     BeautifiedPhoto,
     GenerateRequest,
     ImageMade,
@@ -65,8 +66,8 @@ class FakeOrders:
     async def load_image(self, order_id: int, index: int) -> ImageRow | None:
         return next((row for row in self.images if row.index == index), None)
 
-    async def open_call(self, job_id: int) -> ProviderCall | None:
-        return self.call
+    async def load_batch(self, order_id: int, job_id: int, images: Sequence[int]) -> Batch | None:
+        return None if self.order is None else Batch(self.order, self.images, self.call)
 
     async def collectable_call(self, call_id: int) -> ProviderCall | None:
         return self.ended_calls.get(call_id)

@@ -22,10 +22,10 @@ from jobdaemon.domain.fallback import FallbackRules, Trouble
 from jobdaemon.domain.job import Job, JobStatus
 from jobdaemon.domain.keys import ProviderKey
 from jobdaemon.domain.mending import OrderCall, OrderImage, OrderJob, StrayOrder, mend
-from jobdaemon.domain.outcome import Transition, Verdict
+from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.plan import Plan
 from jobdaemon.domain.retry import DIED_ALONE, STORM_DEATHS, STORM_WINDOW
-from jobdaemon.domain.write import OrderFailed, PhotoPrewarmed
+from jobdaemon.domain.write import CallSubmitted, OrderFailed, PhotoPrewarmed
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
 from jobdaemon.events import Event, KeyMissing
 from jobdaemon.queue import fence, moving, sql, writes
@@ -141,15 +141,17 @@ class Mended:
 @dataclass(frozen=True, slots=True)
 class Claim:
     """
-    What a claim under provider keys brought.
+    What a claim brought.
 
     Attributes:
         jobs: highest priority first, then oldest.
-        opens_in: when to look again, if the keys hold ready jobs back until then.
+        opens_in: when to look again, if the provider's keys hold ready jobs back until then.
+        freed: ids of those that were to leave their slots, and were still this daemon's to speak for.
     """
 
     jobs: list[Job]
     opens_in: timedelta | None = None
+    freed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,34 +373,42 @@ class PostgresJobStore:
     # Claiming and upkeep
 
     async def claim(self, queue: str, daemon_id: int, limit: int) -> list[Job]:
+        """:meth:`take_slots` of a queue whose provider knows no keys: *limit* of them, for none."""
+        return (await self.take_slots(queue, daemon_id, limit)).jobs
+
+    async def take_slots(
+        self,
+        queue: str,
+        daemon_id: int,
+        slots: int,
+        keys: Sequence[str] | None = None,
+        *,
+        leaving: Sequence[Job] = (),
+        room: int | None = None,
+    ) -> Claim:
         """
-        Up to *limit* ready jobs, highest priority first, then oldest; they run under this daemon's lease from now on.
+        Ready jobs for so many free *slots*, under this daemon's lease from now on; each under one of the provider's keys, if any.
+
+        Args:
+            keys: aliases of those whose secrets this daemon has; None where the provider knows no keys.
+            leaving: running jobs whose slots are to be used too, and first of all freed of every limit: the provider has done
+                what they asked of it. All of this happens, or nothing.
+            room: no more jobs than this.
 
         Raises:
             LeaseLostError: a heartbeat has to come first: this daemon was silent for half its lease, or its row is gone.
-            RowsLockedError: somebody has held the queue's lock for a second.
+            RowsLockedError: somebody has held the queue's lock, or the row of one that leaves, for a second.
         """
-        records = await self._claim(queue, daemon_id, limit, None)
-        return _in_claim_order(records, queue)
-
-    async def claim_with_keys(self, queue: str, daemon_id: int, limit: int, keys: Sequence[str]) -> Claim:
-        """
-        As :meth:`claim`, each job under one of the provider's *keys* (aliases): those whose secrets this daemon has.
-
-        Raises:
-            LeaseLostError: this daemon's row is gone: it has to register again.
-        """
-        records = await self._claim(queue, daemon_id, limit, list(keys))
-        opens_in = next((timedelta(seconds=record["opens_in_s"]) for record in records if record["id"] is None), None)
-        return Claim(_in_claim_order(records, queue), opens_in)
-
-    async def _claim(self, queue: str, daemon_id: int, limit: int, keys: list[str] | None) -> list[asyncpg.Record]:
+        room = slots + len(leaving) if room is None else room
+        arguments: list[Any] = [queue, daemon_id, slots if leaving else min(slots, room), None if keys is None else list(keys)]
+        if leaving:
+            arguments += [[job.id for job in leaving], [job.token for job in leaving], room]
         async with self._claims.use() as connection:
             try:
-                records = await connection.fetch(_JOBS["claim"], queue, daemon_id, limit, keys)
+                records = await connection.fetch(_JOBS["claim_in_place" if leaving else "claim"], *arguments)
             except asyncpg.UniqueViolationError:
                 # A stock worker took a job with the same lock between our look and our update: as good as none ready.
-                return []
+                return Claim([])
             except asyncpg.LockNotAvailableError as error:
                 raise RowsLockedError(f"queue {queue} is locked") from error
             except asyncpg.ForeignKeyViolationError as error:
@@ -408,21 +418,12 @@ class PostgresJobStore:
         is_probe = any(record["id"] is not None and record["circuit_before"] == "open" for record in records)
         if is_probe and self._on_probe is not None:
             self._on_probe(queue)
-        return records
-
-    async def free_slots(self, jobs: Sequence[Job]) -> set[int]:
-        """
-        These running jobs hold no slot of any limit any more: the provider has done what they asked of it.
-
-        Returns:
-            Ids of those that were still this daemon's to speak for.
-
-        Raises:
-            RowsLockedError: somebody has held one of the rows for a second.
-        """
-        async with self._claims.use() as connection:
-            records = await connection.fetch(_JOBS["free_slots"], [job.id for job in jobs], [job.token for job in jobs])
-        return {record["id"] for record in records}
+        waits_s = [record["opens_in_s"] for record in records if record["id"] is None and record["opens_in_s"] is not None]
+        return Claim(
+            sorted((_job(record, queue) for record in records if record["id"] is not None), key=Job.claim_order),
+            next((timedelta(seconds=wait_s) for wait_s in waits_s), None),
+            frozenset(records[0]["freed"] if leaving else ()),
+        )
 
     async def promote(self, limit: int = 1000) -> Promoted:
         """Let due jobs in, and look at the clock for what comes next."""
@@ -588,13 +589,26 @@ class PostgresJobStore:
         """
         # What only notes calls has a connection of its own, and waits for no commit of its order: a slot of a provider, for which
         # others wait, is idle until then. For an order that has ended there is more to do.
-        committed = None
-        if all(t.only_notes_calls for t in transitions):
+        committed = await self._note_submits(transitions)
+        if committed is None and all(t.only_notes_calls for t in transitions):
             committed = await self._commit(transitions, daemon_id, only_notes=True)
         if committed is None:
             committed = await self._commit(transitions, daemon_id, wake)
         assert committed is not None
         return committed
+
+    async def _note_submits(self, transitions: Sequence[Transition]) -> Committed | None:
+        """None where there is more to do than to note submits, or to judge than that all are accepted."""
+        notes = [write for t in transitions if t.end is End.CHECKPOINT for write in t.writes if isinstance(write, CallSubmitted)]
+        if len(notes) < sum(max(1, len(t.writes)) for t in transitions):
+            return None
+        order_ids = sorted({note.order_id for note in notes})
+        ids, tokens = [t.job.id for t in transitions], [t.job.token for t in transitions]
+        async with self._reads.use() as connection:
+            document = json.dumps([writes.row(note) for note in notes])
+            if not await connection.fetchval(_JOBS["note_submits"], order_ids, ids, tokens, document):
+                return None
+        return Committed([Verdict.ACCEPTED] * len(transitions), [])
 
     async def _commit(
         self, transitions: Sequence[Transition], daemon_id: int | None, wake: Iterable[str] = (), *, only_notes: bool = False
@@ -709,10 +723,6 @@ def _held_keys(keys: Mapping[str, Sequence[str]] | None) -> str | None:
 
 def _rest(seconds: float | None) -> timedelta | None:
     return None if seconds is None or seconds <= 0 else timedelta(seconds=min(seconds, 86_400))
-
-
-def _in_claim_order(records: Iterable[asyncpg.Record], queue: str) -> list[Job]:
-    return sorted((_job(record, queue) for record in records if record["id"] is not None), key=Job.claim_order)
 
 
 def _job(record: asyncpg.Record, queue: str) -> Job:

@@ -9,14 +9,14 @@ while the images of the last one are being kept. There are never more of those t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 
 from jobdaemon.domain.job import Job
 from jobdaemon.errors import DatabaseUnavailableError, LeaseLostError, RowsLockedError
 from jobdaemon.events import Events, UpkeepFailed
 from jobdaemon.queue.attempt import AttemptRules, AttemptRunner
-from jobdaemon.queue.store import PostgresJobStore
+from jobdaemon.queue.store import Claim, PostgresJobStore
 
 _REST_AFTER_ERROR_S = 1.0
 #: How long a stopping daemon waits for its last commits when the database does not answer.
@@ -69,12 +69,15 @@ class Team:
         self._is_paused = False
         self._wake = asyncio.Event()
         self._wake.set()
-        self._claiming: asyncio.Future[int] | None = None
+        self._claiming: asyncio.Future[None] | None = None
         self._attempts: dict[asyncio.Task[None], Job] = {}
-        #: Of these, those that need their slot no more, with what tells them that nobody takes it; and those of which the
-        #: database knows it, which hold none.
+        #: Of these, those that need their slot no more, with what tells them to go on; and those of which the database knows it,
+        #: which hold none.
         self._leaving: dict[asyncio.Task[None], asyncio.Future[None]] = {}
         self._left: set[asyncio.Task[None]] = set()
+        #: Those that have noted no call yet; and what tells those that left that there are none.
+        self._beginning: set[asyncio.Task[None]] = set()
+        self._gone: list[asyncio.Future[None]] = []
         #: Of the claim that is under way: jobs (id, token) that it was given and that were handed back before its answer came.
         self._disowned: set[tuple[int, int | None]] = set()
         #: When the loop last went round, by the event loop's clock; for the watchdog.
@@ -155,16 +158,12 @@ class Team:
             self._wake.clear()
             self.last_turn_s = loop.time()
             await self._until_lease_holds()
-            left: list[asyncio.Future[None]] = []
-            try:
+            if self._free(len(self._leaving)) <= 0:
                 # A slot that this team would not use stays its attempt's until that ends: then others are told.
-                if self._leaving and self._free(len(self._leaving)) > 0:
-                    left = await self._free_slots()
-                free = self._free()
-                if free <= 0:
-                    continue
+                continue
+            try:
                 # Shielded: a claim that is under way when the daemon stops must not lose the jobs it got.
-                self._claiming = asyncio.ensure_future(self._claim(free))
+                self._claiming = asyncio.ensure_future(self._claim())
                 await asyncio.shield(self._claiming)
             except LeaseLostError:
                 self._on_lease_lost()
@@ -174,9 +173,6 @@ class Team:
             except Exception as error:  # noqa: BLE001 - the team goes on
                 self._events.emit(UpkeepFailed(error=f"claim from {self.queue}: {type(error).__name__}: {error}"))
                 await self._rest()
-            else:
-                if not self._claiming.result():
-                    _tell(left)
 
     async def _rest(self) -> None:
         await asyncio.sleep(_REST_AFTER_ERROR_S)
@@ -191,30 +187,30 @@ class Team:
         """How many attempts more there may be, whether they hold slots or not."""
         return 2 * self.size - len(self._attempts)
 
-    async def _free_slots(self) -> list[asyncio.Future[None]]:
-        """What tells those who left that nobody takes their slots."""
-        leaving = {task: self._attempts[task] for task in self._leaving}
-        try:
-            freed = await self._store.free_slots(list(leaving.values()))
-        except RowsLockedError:
-            freed = set()  # their ends will free them
-        told = [self._leaving.pop(task) for task in leaving if task in self._leaving]
-        self._left |= {task for task, job in leaving.items() if job.id in freed and task in self._attempts}
-        return told
-
-    async def _claim(self, free: int) -> int:
-        """Claim and start so many at most; how many were claimed."""
+    async def _claim(self) -> None:
+        """Claim and start as many as there are slots, those included that attempts are leaving."""
         self._disowned.clear()  # a new claim has a new token
-        if self._keys is None:
-            jobs = await self._store.claim(self.queue, self._daemon_id(), free)
-        else:
-            claim = await self._store.claim_with_keys(self.queue, self._daemon_id(), free, self._keys)
-            jobs = claim.jobs
-            self._ring_when_keys_open(claim.opens_in)
-        for job in jobs:
+        leaving = dict(self._leaving)
+        try:
+            claim = await self._take_slots([self._attempts[task] for task in leaving])
+        except RowsLockedError:
+            if not leaving:
+                raise
+            # Perhaps it is the row of one that leaves: then its end frees its slot.
+            self._leave_no_more(leaving)
+            claim = await self._take_slots([])
+        self._leave_no_more(leaving)
+        self._left |= {task for task in leaving if task in self._attempts and self._attempts[task].id in claim.freed}
+        self._ring_when_keys_open(claim.opens_in)
+        for job in claim.jobs:
             if (job.id, job.token) not in self._disowned:
                 self._start(job)
-        return len(jobs)
+        self._gone += leaving.values()
+        self._tell_those_gone()
+
+    async def _take_slots(self, leaving: Sequence[Job]) -> Claim:
+        free = self.size - len(self._attempts) + len(self._left)
+        return await self._store.take_slots(self.queue, self._daemon_id(), free, self._keys, leaving=leaving, room=self._room)
 
     def _ring_when_keys_open(self, opens_in: timedelta | None) -> None:
         """What keys hold back until a moment starts by the clock: no notification says so."""
@@ -225,17 +221,38 @@ class Team:
             self._opening = asyncio.get_running_loop().call_later(opens_in.total_seconds() + _TIMER_SLACK_S, self.wake)
 
     def _start(self, job: Job) -> None:
-        running = self._runner.run(job, self._rules, leave_slot=lambda: self._leave(task))
+        running = self._runner.run(
+            job, self._rules, leave_slot=lambda: self._leave(task), on_noted=lambda: self._begin_no_more(task)
+        )
         task = asyncio.get_running_loop().create_task(running, name=f"job {job.id}")
         self._attempts[task] = job
+        self._beginning.add(task)
         task.add_done_callback(self._ended)
 
     def _leave(self, task: asyncio.Task[None]) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if task in self._attempts and task not in self._left:
             future = self._leaving.setdefault(task, future)
+            self._begin_no_more(task)
             self.wake()
         return future
+
+    def _leave_no_more(self, tasks: Iterable[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            self._leaving.pop(task, None)
+
+    def _begin_no_more(self, task: asyncio.Task[None]) -> None:
+        if task in self._beginning:
+            self._beginning.remove(task)
+            self._tell_those_gone()
+
+    def _tell_those_gone(self) -> None:
+        """Whoever has left its slot may go on when no call is being prepared, neither for that slot nor for another."""
+        if not self._beginning and not self._leaving:
+            for future in self._gone:
+                if not future.done():
+                    future.set_result(None)
+            self._gone.clear()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         # The slot of one that left was looked after when it did.
@@ -244,6 +261,7 @@ class Team:
         self._attempts.pop(task, None)
         self._leaving.pop(task, None)
         self._left.discard(task)
+        self._begin_no_more(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._events.emit(UpkeepFailed(error=f"attempt in {self.queue}: {type(error).__name__}: {error}"))
 
@@ -285,9 +303,3 @@ class Team:
             for task in stuck:
                 task.cancel()
         return len(rest)
-
-
-def _tell(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)

@@ -40,6 +40,7 @@ from jobdaemon.ports import (
 )
 from jobdaemon.spool import Spool
 from jobdaemon.stages.arrivals import Arrivals
+from jobdaemon.stages.photo_cache import PhotoCache
 from jobdaemon.stages.provider_call import CallRecord
 from jobdaemon.stages.source import ARTIFACT_SCHEME
 
@@ -72,7 +73,7 @@ class GenerateStage:
         self._orders = orders
         self._store = store
         self._providers = providers
-        self._max_photo_bytes = max_photo_bytes
+        self._photos = PhotoCache(store, max_photo_bytes=max_photo_bytes)
         self._fallback = fallback or FallbackRules()
         self._keys = keys or {}
         self._prices = prices or {}
@@ -81,11 +82,11 @@ class GenerateStage:
     async def run(self, attempt: Attempt) -> Done:
         """Raises what the provider raises, and ProviderUnavailableError when it left out an image without a word."""
         job = attempt.job
-        order = await self._orders.load_order(job.args["order_id"])
-        if order is None or order.beautified is None:
+        batch = await self._orders.load_batch(job.args["order_id"], job.id, job.image_indexes)
+        if batch is None or batch.order.beautified is None:
             raise InvalidOrderError(f"order {job.args['order_id']} has no beautified photo")
+        order, rows = batch.order, batch.images
         provider = self._provider(provider_of(job.queue))
-        rows = await self._orders.load_images(order.id)
         wanted = set(job.args["images"])
         missing = {row.index: row.prompt for row in rows if row.index in wanted and row.status == "pending"}
         if not missing:
@@ -94,7 +95,8 @@ class GenerateStage:
         call = CallRecord(attempt, provider, order.id, key=job.key_alias, held=self._keys.get(name), price=self._prices.get(name))
         move = self._fallback.move(order.plan, order.provider, provider.name)
         attempt.if_given_up(lambda: None if move is None else self._instead(move, attempt, call))
-        request = await call.find(self._orders, self._request(order, order.beautified, rows, missing, key=job.key_alias))
+        request = self._request(order, batch.order.beautified, rows, missing, key=job.key_alias)
+        request = await call.find(self._orders, request, batch.open_call)
         last: tuple[Write, ...] = ()
         try:
             if move is not None and attempt.is_spent:
@@ -160,7 +162,7 @@ class GenerateStage:
             images=tuple((index, same_prompt.index(index)) for index in sorted(missing)),
             prompt=prompt,
             photo=photo,
-            load_photo=lambda: self._store.get(photo.key, max_bytes=self._max_photo_bytes),
+            load_photo=lambda: self._photos.get(photo),
             params=order.params,
             key=key,
         )

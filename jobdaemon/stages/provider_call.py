@@ -95,16 +95,18 @@ class CallRecord:
         self._has_task = False
         self._may_buy = True
 
-    async def find(self, orders: OrderReader, request: GenerateRequest) -> GenerateRequest:
+    async def find(self, orders: OrderReader, request: GenerateRequest, call: ProviderCall | None) -> GenerateRequest:
         """
         *request* with the call to go on with, if an earlier attempt left one.
+
+        Args:
+            call: of this job, if its end is unknown.
 
         Raises:
             ProviderRefusedError: a submit was lost, and such a call is not to be bought again.
             KeyMissingError: it is for a daemon that has another key.
         """
         job = self._attempt.job
-        call = await orders.open_call(job.id)
         if call is not None:
             self._is_open = True
             call = await self._look_for_task(with_key(call, job, self._held), request)

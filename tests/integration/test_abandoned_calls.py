@@ -12,7 +12,7 @@ from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import End, Signal, Transition, Verdict
 from jobdaemon.domain.write import CallAccepted, CallEnded, CallSubmitted, Write
 from jobdaemon.queue.store import PostgresJobStore
-from tests.factories import Claimed, Orders, Row, Sql, beautified
+from tests.factories import Claimed, Orders, Row, Sql, beautified, open_call
 
 pytestmark = pytest.mark.newest_postgres
 
@@ -148,7 +148,7 @@ async def test_a_dead_letter_keeps_its_task_for_a_redrive(
     assert order_factory.row(job.order_id or 0)["status"] == "failed"
     assert await claimed_job_factory.store.abandon_calls(10) == 0
     sql.execute("SELECT jobdaemon.redrive(order_id => %s)", [job.order_id])
-    call = await claimed_job_factory.store.orders.open_call(job.id)
+    call = await open_call(claimed_job_factory.store, job.order_id, job.id)
     assert call is not None
     assert call.task_id == "t1"
 
@@ -188,9 +188,9 @@ async def test_a_call_is_stopped_with_the_key_it_was_made_with(claimed_job_facto
     await _commit(store, job, End.CHECKPOINT, noted)
     _cancel(sql, job)
     sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = now() + interval '1 hour' WHERE alias = 'spare'")
-    assert (await store.claim_with_keys(QUEUE, daemon_id, 5, ["main", "spare"])).jobs == []
+    assert (await store.take_slots(QUEUE, daemon_id, 5, ["main", "spare"])).jobs == []
     sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = NULL WHERE alias = 'spare'")
-    [abandon] = (await store.claim_with_keys(QUEUE, daemon_id, 5, ["main", "spare"])).jobs
+    [abandon] = (await store.take_slots(QUEUE, daemon_id, 5, ["main", "spare"])).jobs
     assert (abandon.task, abandon.key_alias) == (Task.ABANDON, "spare")
     spent = sql.execute("SELECT alias, spent FROM jobdaemon.provider_keys ORDER BY alias").fetchall()
     assert spent == [{"alias": "main", "spent": 0}, {"alias": "spare", "spent": 1}]

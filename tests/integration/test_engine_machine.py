@@ -225,17 +225,21 @@ class EngineMachine(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.claimed)
-    @rule(pick=st.integers(0, 40), comes_back=st.booleans())
-    def free_slot(self, pick: int, comes_back: bool) -> None:
+    @rule(number=numbers, pick=st.integers(0, 40), asked=st.integers(0, 2), comes_back=st.booleans())
+    def free_slot(self, number: int, pick: int, asked: int, comes_back: bool) -> None:
         """
-        The provider has done its part, whatever became of the job since; and if what was made could not be kept, the job waits
-        again, to hold a slot once more when it is claimed.
+        The provider has done its part, whatever became of the job since, and another may take its place at once; and if what was
+        made could not be kept, the job waits again, to hold a slot once more when it is claimed.
         """
+        daemon = self._beaten(number)
         job = self.claimed[-1 - pick % len(self.claimed)]
         row = self.reference.jobs[job.id]
         is_held = row.status == "doing" and row.token == job.token
-        assert self.run_(self.bench.store.free_slots([job])) == ({job.id} if is_held else set())
         row.has_left |= is_held
+        expected = self.reference.next_jobs(asked + is_held)
+        claim = self.run_(self.bench.store.take_slots(QUEUE, daemon, asked, leaving=[job]))
+        assert claim.freed == ({job.id} if is_held else set())
+        self._note_claim(daemon, claim.jobs, expected)
         if comes_back:
             self._commit([Transition(job, End.RETRY, error="why")])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 import psycopg
@@ -118,3 +119,33 @@ def test_from_an_order_to_its_jobs(crowded: Sql, statuses: str) -> None:
     )
     assert "jobs_order_idx" in plan
     assert buffers < 40
+
+
+@pytest.mark.parametrize(
+    ("queue", "limits", "keys"),
+    [("upload", "", "NULL"), ("upload", "cluster_limit = 30000, ", "NULL"), ("generate.local", "", "'{a}'")],
+)
+def test_a_claim_that_was_planned_on_an_empty_table_stays_cheap(
+    postgres: Any, engine_template: str, queue: str, limits: str, keys: str
+) -> None:
+    """A daemon's first claims find little, and its connection keeps their plans; then thousands of jobs come at once."""
+    name = postgres.create_database(template=engine_template)
+    with psycopg.connect(postgres.url(name), autocommit=True, row_factory=dict_row) as sql:
+        sql.execute("ALTER TABLE jobdaemon.procrastinate_jobs SET (autovacuum_enabled = false)")
+        sql.execute("INSERT INTO jobdaemon.provider_keys (provider, alias) VALUES ('local', 'a')")
+        sql.execute(f"UPDATE jobdaemon.queues SET {limits} paused = false WHERE name = '{queue}'".encode())
+        row = sql.execute("INSERT INTO jobdaemon.procrastinate_workers DEFAULT VALUES RETURNING id").fetchone()
+        assert row is not None
+        jobs = "SELECT %s, 'jobdaemon.x' FROM generate_series(1, %s)"
+        insert = f"INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name) {jobs}".encode()
+        claim = f"SELECT id FROM jobdaemon.claim_jobs('{queue}', {row['id']}, 1, {keys})"
+        for _ in range(12):
+            sql.execute(insert, [queue, 1])
+            assert len(sql.execute(claim.encode(), prepare=True).fetchall()) == 1
+        sql.execute(insert, [queue, 100_000])
+        _, new = _explain(sql, claim)
+        sql.execute("ANALYZE jobdaemon.procrastinate_jobs")
+        _, analysed = min((_explain(sql, claim) for _ in range(2)), key=itemgetter(1))  # the first one plans anew
+    postgres.drop_database(name)
+    # To go through all that is ready takes more than six hundred, to go through the table more than a thousand.
+    assert max(new, analysed) < 300, (new, analysed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from decimal import Decimal
 
 import asyncpg
 import pytest
@@ -12,8 +13,9 @@ from jobdaemon.domain.expand import upload_job
 from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.write import CallSubmitted, ImageFailed, OrderStarted
+from jobdaemon.errors import RowsLockedError
 from jobdaemon.queue.store import Committed, PostgresJobStore
-from tests.factories import Claimed, Jobs, Sql, beautified, generated, stored
+from tests.factories import Claimed, Jobs, Sql, beautified, generated, open_call, stored
 
 ENDS = [End.SUCCEEDED, End.RETRY, End.SNOOZE, End.HANDED_BACK, End.FAILED, End.CHECKPOINT]
 
@@ -76,17 +78,73 @@ async def test_the_same_transition_sent_twice(claimed_job_factory: Claimed, end:
 
 
 async def test_call_is_noted_once(claimed_job_factory: Claimed, sql: Sql) -> None:
-    """A provider's task id sent twice is one call; open_call finds it."""
+    """A provider's task id sent twice is one call; the next attempt finds it."""
     job = await _generate_job(claimed_job_factory)
     assert job.order_id is not None
     noted = Transition(job, End.CHECKPOINT, writes=(CallSubmitted(job.order_id, job.id, "local", (1, 2), "task-1"),))
-    assert await claimed_job_factory.store.orders.open_call(job.id) is None
+    assert await open_call(claimed_job_factory.store, job.order_id, job.id) is None
     await commit(claimed_job_factory.store, noted)
     await commit(claimed_job_factory.store, noted)
     assert len(sql.execute("SELECT * FROM jobdaemon.provider_calls").fetchall()) == 1
-    call = await claimed_job_factory.store.orders.open_call(job.id)
+    call = await open_call(claimed_job_factory.store, job.order_id, job.id)
     assert call is not None
     assert (call.task_id, call.images, call.key) == ("task-1", (1, 2), None)
+
+
+async def test_calls_of_several_jobs_are_noted_at_once(claimed_job_factory: Claimed, sql: Sql) -> None:
+    """Whatever the fence says of one of them, the others are noted: those of an open order whose attempt still has its job."""
+    jobs = [await _generate_job(claimed_job_factory) for _ in range(3)]
+
+    def notes() -> list[Transition]:
+        calls = [CallSubmitted(job.order_id or 0, job.id, "local", (1, 2), key="a", price=Decimal("0.04")) for job in jobs]
+        return [Transition(job, End.CHECKPOINT, writes=(call,)) for job, call in zip(jobs, calls, strict=True)]
+
+    assert await commit(claimed_job_factory.store, *notes()[:2]) == [Verdict.ACCEPTED] * 2
+    columns = "job_id, order_id, batch, provider, images, external_task_id, key_alias, price"
+    rows = sql.execute(f"SELECT {columns} FROM jobdaemon.provider_calls ORDER BY job_id".encode()).fetchall()
+    common = {"batch": 1, "provider": "local", "images": [1, 2], "external_task_id": None, "key_alias": "a"}
+    assert rows == [{"job_id": j.id, "order_id": j.order_id, **common, "price": Decimal("0.04")} for j in jobs[:2]]
+    sql.execute("SELECT jobdaemon.cancel_order(%s)", [jobs[0].order_id])
+    await _rescue(claimed_job_factory.store, jobs[1])
+    expected = [Verdict.ORDER_ENDED, Verdict.LEASE_LOST, Verdict.ACCEPTED]
+    assert await commit(claimed_job_factory.store, *notes()) == expected
+    rows = sql.execute("SELECT job_id FROM jobdaemon.provider_calls ORDER BY job_id").fetchall()
+    assert [row["job_id"] for row in rows] == [job.id for job in jobs]
+
+
+@pytest.mark.parametrize(
+    "what", ["its order was cancelled", "its job was rescued", "its job was claimed again", "its job has ended"]
+)
+async def test_a_call_that_may_not_be_bought_is_not_noted(claimed_job_factory: Claimed, sql: Sql, what: str) -> None:
+    """Alone too, where one statement judges and notes: nothing is written, and the attempt hears why."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    note = Transition(job, End.CHECKPOINT, writes=(CallSubmitted(job.order_id, job.id, "local", (1, 2)),))
+    match what:
+        case "its order was cancelled":
+            sql.execute("SELECT jobdaemon.cancel_order(%s)", [job.order_id])
+        case "its job has ended":
+            await commit(claimed_job_factory.store, Transition(job, End.SUCCEEDED))
+        case _:
+            await _rescue(claimed_job_factory.store, job)
+    if what == "its job was claimed again":
+        assert [again.id for again in await claimed_job_factory.claim("generate.local")] == [job.id]
+    expected = Verdict.ORDER_ENDED if what == "its order was cancelled" else Verdict.LEASE_LOST
+    assert await commit(claimed_job_factory.store, note) == [expected]
+    assert sql.execute("SELECT FROM jobdaemon.provider_calls").fetchall() == []
+
+
+async def test_a_call_of_an_order_that_somebody_holds_is_not_noted(claimed_job_factory: Claimed, sql: Sql) -> None:
+    """Who is about to cancel it comes first; nobody waits for longer than a second."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    note = Transition(job, End.CHECKPOINT, writes=(CallSubmitted(job.order_id, job.id, "local", (1, 2)),))
+    with sql.transaction():
+        sql.execute("SELECT FROM jobdaemon.orders WHERE id = %s FOR UPDATE", [job.order_id])
+        with pytest.raises(RowsLockedError):
+            await commit(claimed_job_factory.store, note)
+        assert sql.execute("SELECT FROM jobdaemon.provider_calls").fetchall() == []
+    assert await commit(claimed_job_factory.store, note) == [Verdict.ACCEPTED]
 
 
 async def test_order_cancelled_while_its_job_runs(claimed_job_factory: Claimed, sql: Sql) -> None:

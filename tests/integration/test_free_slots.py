@@ -8,8 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from jobdaemon.domain.job import Task
+import pytest
+
+from jobdaemon.domain.job import Job, Task
 from jobdaemon.domain.outcome import End, Transition
+from jobdaemon.errors import LeaseLostError, PermanentError
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.team import Team
@@ -68,6 +71,11 @@ class Calls:
 async def nothing_happens() -> None:
     """What must not come gives no signal: as long as a free slot may stay free, four times over."""
     await asyncio.sleep(0.2)
+
+
+async def free_slots(store: PostgresJobStore, daemon_id: int, jobs: list[Job]) -> set[int]:
+    """As a claim that takes nothing in their place; ids of those that left."""
+    return set((await store.take_slots(QUEUE, daemon_id, 0, leaving=jobs, room=0)).freed)
 
 
 @asynccontextmanager
@@ -166,22 +174,83 @@ async def test_what_was_paid_for_is_kept_though_the_daemon_is_cut_short(engine_d
     assert [(row["id"], row["status"]) for row in rows] == [(calls.started[0], "succeeded"), (calls.started[1], "todo")]
 
 
+@pytest.mark.parametrize("how", ["notes its call", "fails", "is not there"])
+async def test_what_a_call_made_is_kept_when_the_next_call_is_noted(
+    engine_database: str, sql: Sql, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The next call of a slot goes first; where it ends without one, or nobody takes the slot, there is nothing to wait for."""
+    monkeypatch.setattr("jobdaemon.queue.attempt._NEXT_FIRST_S", 60)
+    fill(sql, 1 if how == "is not there" else 2)
+    limit(sql, cluster_limit=1)
+    begun: list[int] = []
+    kept, goes_on, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def gate(attempt: Attempt) -> None:
+        begun.append(attempt.job.id)
+        if len(begun) == 1:
+            await attempt.free_slot()
+            kept.set()
+            return
+        await goes_on.wait()
+        if how == "fails":
+            raise PermanentError("why")
+        await attempt.checkpoint()
+        await over.wait()
+
+    async with running_daemon(engine_database, Stages(gate=gate), engine=NO_POLL, team_size=1):
+        if how != "is not there":
+            await until(lambda: len(begun) == 2)
+            await nothing_happens()
+            assert not kept.is_set()
+            goes_on.set()
+        async with asyncio.timeout(10):
+            await kept.wait()
+        over.set()
+
+
+async def test_a_claim_that_fails_frees_nothing(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
+    """What leaves and what takes its place are one transaction: under a lapsed lease nobody has the slot but who had it."""
+    limit(sql, cluster_limit=1)
+    fill(sql, 2)
+    [first] = await store.claim(QUEUE, daemon_id, 5)
+    beat = "UPDATE jobdaemon.procrastinate_workers SET lease = '1 minute', last_heartbeat = now() - %s::interval"
+    sql.execute(beat, ["1 hour"])
+    with pytest.raises(LeaseLostError):
+        await store.take_slots(QUEUE, daemon_id, 0, leaving=[first])
+    assert depth(sql)["running"] == 1
+    sql.execute(beat, ["0"])
+    claim = await store.take_slots(QUEUE, daemon_id, 0, leaving=[first])
+    assert claim.freed == {first.id}
+    assert len(claim.jobs) == 1
+
+
+async def test_a_slot_that_could_not_be_left_is_not_taken(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
+    """A job that was handed back meanwhile frees nothing: nobody starts in its place, whatever the team has counted on."""
+    fill(sql, 3)
+    [first] = await store.claim(QUEUE, daemon_id, 1)
+    await store.commit([Transition(first, End.HANDED_BACK, error="why")], daemon_id=daemon_id)
+    claim = await store.take_slots(QUEUE, daemon_id, 0, leaving=[first])
+    assert not claim.freed
+    assert claim.jobs == []
+    assert len((await store.take_slots(QUEUE, daemon_id, 1, leaving=[first], room=5)).jobs) == 1
+
+
 async def test_a_freed_slot_of_a_key_and_of_a_share_is_anothers(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
     """Whatever limits a queue counts what holds a slot: its key's concurrency and its customer's fair share too."""
     sql.execute("INSERT INTO jobdaemon.provider_keys (provider, alias, concurrency) VALUES ('local', 'a', 1)")
     fill(sql, 3)
-    [first] = (await store.claim_with_keys(QUEUE, daemon_id, 3, ["a"])).jobs
-    assert (await store.claim_with_keys(QUEUE, daemon_id, 3, ["a"])).jobs == []
-    assert await store.free_slots([first]) == {first.id}
+    [first] = (await store.take_slots(QUEUE, daemon_id, 3, ["a"])).jobs
+    assert (await store.take_slots(QUEUE, daemon_id, 3, ["a"])).jobs == []
+    assert await free_slots(store, daemon_id, [first]) == {first.id}
     assert [row["running"] for row in sql.execute("SELECT running FROM jobdaemon.keys").fetchall()] == [0]
-    assert len((await store.claim_with_keys(QUEUE, daemon_id, 3, ["a"])).jobs) == 1
+    assert len((await store.take_slots(QUEUE, daemon_id, 3, ["a"])).jobs) == 1
 
     sql.execute("DELETE FROM jobdaemon.procrastinate_jobs")
     limit(sql, fair_share=1)
     fill(sql, 2, "greedy")
     [greedy] = await store.claim(QUEUE, daemon_id, 1)
     fill(sql, 2, "modest")
-    await store.free_slots([greedy])
+    await free_slots(store, daemon_id, [greedy])
     assert [job.args["customer"] for job in await store.claim(QUEUE, daemon_id, 2)] == ["greedy", "modest"]
 
 
@@ -190,13 +259,13 @@ async def test_a_job_that_is_claimed_again_holds_a_slot_again(store: PostgresJob
     limit(sql, cluster_limit=1)
     fill(sql, 2)
     [first] = await store.claim(QUEUE, daemon_id, 5)
-    await store.free_slots([first])
+    await free_slots(store, daemon_id, [first])
     await store.commit([Transition(first, End.HANDED_BACK, error="why")], daemon_id=daemon_id)
     [again] = await store.claim(QUEUE, daemon_id, 5)
     assert again.id == first.id
-    assert await store.free_slots([first]) == set()
+    assert await free_slots(store, daemon_id, [first]) == set()
     assert await store.claim(QUEUE, daemon_id, 5) == []
-    assert await store.free_slots([again]) == {again.id}
+    assert await free_slots(store, daemon_id, [again]) == {again.id}
     assert len(await store.claim(QUEUE, daemon_id, 5)) == 1
 
 
@@ -213,7 +282,7 @@ async def test_a_waiting_job_is_told_of_the_calls_alone(store: PostgresJobStore,
         ).fetchall()
 
     assert [row["numbers"] for row in told()] == [{"running": 2, "limit": 2}] * 2
-    await store.free_slots(jobs)
+    await free_slots(store, daemon_id, jobs)
     assert told() == []
 
 
@@ -239,7 +308,7 @@ async def test_jobs_of_a_daemon_that_died_after_its_calls_are_rescued(store: Pos
     """A freed slot changes nothing of the lease: the look finds the job when its daemon has gone."""
     fill(sql, 1)
     jobs = await store.claim(QUEUE, daemon_id, 1)
-    await store.free_slots(jobs)
+    await free_slots(store, daemon_id, jobs)
     other = await store.register(host="test", pid=2, version="0", queues={QUEUE: 1})
     sql.execute("UPDATE jobdaemon.procrastinate_workers SET steady_since = now() - interval '1 hour' WHERE id = %s", [other])
     sql.execute(

@@ -30,7 +30,7 @@ from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
 from tests.daemons import NO_POLL, Stages, running_daemon, until
 from tests.effort import examples
-from tests.factories import PLANS, QUEUES, RULES, Jobs, Orders, Row, Sql
+from tests.factories import PLANS, QUEUES, RULES, Jobs, Orders, Row, Sql, open_call
 
 QUEUE = "generate.local"
 HASTY = replace(RULES, retry=replace(RULES.retry, backoff=timedelta(seconds=0.05), cap=timedelta(seconds=0.1)))
@@ -220,7 +220,7 @@ async def test_concurrency_and_budget_are_exact_over_daemons(stores: list[Postgr
     add_key(sql, "a", concurrency=3)
     add_key(sql, "b", daily_budget=10)
     fill(sql, 40, images=2)
-    claims = await asyncio.gather(*(store.claim_with_keys(QUEUE, daemon_id, 4, ["a", "b"]) for store in stores * 4))
+    claims = await asyncio.gather(*(store.take_slots(QUEUE, daemon_id, 4, ["a", "b"]) for store in stores * 4))
     jobs = [job for claim in claims for job in claim.jobs]
     assert Counter(job.key_alias for job in jobs) == {"a": 3, "b": 5} == doing(sql)
     assert key(sql, "b")["spent"] == 10
@@ -228,7 +228,7 @@ async def test_concurrency_and_budget_are_exact_over_daemons(stores: list[Postgr
     assert doing(sql) == {}
     assert key(sql, "b")["spent"] == 0  # they bought nothing
     sql.execute("UPDATE jobdaemon.provider_keys SET spent = 10 WHERE alias = 'b'")
-    again = await stores[1].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])
+    again = await stores[1].take_slots(QUEUE, daemon_id, 9, ["a", "b"])
     assert [job.key_alias for job in again.jobs] == ["a"] * 3
 
 
@@ -241,7 +241,7 @@ async def test_a_rate_holds_over_daemons(stores: list[PostgresJobStore], daemon_
 
     async def work(store: PostgresJobStore) -> None:
         while len(starts) < 16:
-            claim = await store.claim_with_keys(QUEUE, daemon_id, 5, ["a"])
+            claim = await store.take_slots(QUEUE, daemon_id, 5, ["a"])
             starts.extend(time.monotonic() for _ in claim.jobs)
             assert claim.opens_in is not None
             await asyncio.sleep(claim.opens_in.total_seconds())
@@ -275,13 +275,13 @@ async def test_the_budget_begins_anew_at_midnight(stores: list[PostgresJobStore]
     """What was spent yesterday does not count; until then the claim says how long it is to midnight, UTC."""
     add_key(sql, daily_budget=4)
     fill(sql, 5, images=2)
-    first = await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a"])
+    first = await stores[0].take_slots(QUEUE, daemon_id, 9, ["a"])
     row = _one(sql, "SELECT extract(epoch FROM date_trunc('day', now(), 'UTC') + interval '1 day' - now())::float8 AS s")
     assert len(first.jobs) == 2
     assert first.opens_in is not None
     assert first.opens_in.total_seconds() == pytest.approx(row["s"], abs=5)
     sql.execute("UPDATE jobdaemon.provider_keys SET spent_on = spent_on - 1")
-    second = await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a"])
+    second = await stores[0].take_slots(QUEUE, daemon_id, 9, ["a"])
     assert len(second.jobs) == 2
     assert key(sql)["spent"] == 4
 
@@ -290,12 +290,12 @@ async def test_a_rate_that_is_raised_counts_at_once(stores: list[PostgresJobStor
     """The long wait that a low rate asked for does not outlive it."""
     add_key(sql, rate=0.0001)
     fill(sql, 3)
-    first = await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a"])
+    first = await stores[0].take_slots(QUEUE, daemon_id, 9, ["a"])
     assert len(first.jobs) == 1
     assert first.opens_in is not None
     assert first.opens_in > timedelta(hours=2)
     sql.execute("UPDATE jobdaemon.provider_keys SET rate = 1000")
-    assert len((await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a"])).jobs) == 1
+    assert len((await stores[0].take_slots(QUEUE, daemon_id, 9, ["a"])).jobs) == 1
 
 
 async def test_lifted_work_keeps_its_turns_under_a_rate(stores: list[PostgresJobStore], daemon_id: int, sql: Sql) -> None:
@@ -306,7 +306,7 @@ async def test_lifted_work_keeps_its_turns_under_a_rate(stores: list[PostgresJob
     fill(sql, 2, images=60, priority=400)
     priorities = []
     for _ in range(12):
-        claim = await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a"])
+        claim = await stores[0].take_slots(QUEUE, daemon_id, 5, ["a"])
         priorities += [job.priority for job in claim.jobs]
         await asyncio.sleep(0.001)
     assert priorities[:12].count(LIFTED_PRIORITY) == 3
@@ -327,7 +327,7 @@ async def test_a_bought_task_keeps_its_key(
     add_key(sql, "b", concurrency=0)
     order_id = order_factory("Free")
     job_id = job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1]})
-    [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a", "b"])).jobs
+    [job] = (await stores[0].take_slots(QUEUE, daemon_id, 1, ["a", "b"])).jobs
     assert job.key_alias == "a"
     call = CallSubmitted(order_id, job_id, "local", (1,), "task-1", job.key_alias)
     await stores[0].commit([Transition(job, End.CHECKPOINT, writes=(call,))], daemon_id=daemon_id)
@@ -335,19 +335,19 @@ async def test_a_bought_task_keeps_its_key(
     assert job_factory.row(job_id)["key_alias"] == "a"
     sql.execute("UPDATE jobdaemon.provider_keys SET concurrency = 9 WHERE alias = 'b'")
     fill(sql, 1)  # another one, which has to take b: the budget of a is spent
-    jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])).jobs
+    jobs = (await stores[0].take_slots(QUEUE, daemon_id, 9, ["a", "b"])).jobs
     assert {job.id == job_id: job.key_alias for job in jobs} == {True: "a", False: "b"}
     assert key(sql)["spent"] == 1
-    open_call = await stores[0].orders.open_call(job_id)
-    assert open_call is not None
-    assert (open_call.task_id, open_call.key) == ("task-1", "a")
+    bought = await open_call(stores[0], order_id, job_id)
+    assert bought is not None
+    assert (bought.task_id, bought.key) == ("task-1", "a")
     [job] = [job for job in jobs if job.id == job_id]
     await stores[0].commit([Transition(job, End.HANDED_BACK)], daemon_id=daemon_id)
     fill(sql, 1)
-    jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["b"])).jobs
+    jobs = (await stores[0].take_slots(QUEUE, daemon_id, 9, ["b"])).jobs
     assert {job.id == job_id: job.key_alias for job in jobs} == {False: "b"}
     sql.execute("DELETE FROM jobdaemon.provider_keys WHERE alias = 'a'")
-    assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["b"])).jobs] == ["b"]
+    assert [job.key_alias for job in (await stores[0].take_slots(QUEUE, daemon_id, 9, ["b"])).jobs] == ["b"]
 
 
 async def test_a_bought_task_waits_for_its_key_and_lets_others_pass(
@@ -364,12 +364,12 @@ async def test_a_bought_task_waits_for_its_key_and_lets_others_pass(
         [order_id, job_id],
     )
     fill(sql, 2)
-    claim = await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])
+    claim = await stores[0].take_slots(QUEUE, daemon_id, 9, ["a", "b"])
     assert [job.key_alias for job in claim.jobs] == ["b", "b"]
     assert job_id not in [job.id for job in claim.jobs]
     assert claim.opens_in is not None
     sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = NULL WHERE alias = 'a'")
-    [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])).jobs
+    [job] = (await stores[0].take_slots(QUEUE, daemon_id, 9, ["a", "b"])).jobs
     assert (job.id, job.key_alias) == (job_id, "a")
 
 
@@ -387,7 +387,7 @@ async def test_collecting_once_more_costs_nothing(
     )["id"]
     for call in (call_id, "x", 1e30, -1, 1.5, None):
         job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1, 2], "call": call})
-    jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 9, ["a", "b"])).jobs
+    jobs = (await stores[0].take_slots(QUEUE, daemon_id, 9, ["a", "b"])).jobs
     assert Counter((job.args["call"] == call_id, job.key_alias) for job in jobs) == {(True, "a"): 1, (False, "b"): 5}
     assert key(sql)["spent"] == 0
 
@@ -396,7 +396,7 @@ async def test_a_call_for_another_daemon_costs_nothing_here(stores: list[Postgre
     """A job that lacks the key of its call neither rests the key it was dealt nor spends that key's budget."""
     add_key(sql, "a", daily_budget=9)
     fill(sql, 1, images=4)
-    [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a"])).jobs
+    [job] = (await stores[0].take_slots(QUEUE, daemon_id, 1, ["a"])).jobs
     assert key(sql)["spent"] == 4
     end = after_error(job, KeyMissingError("not here"), RULES.retry, jitter=0.5, dead=lambda reason: ())
     assert (end.end, end.signal) == (End.SNOOZE, Signal.ELSEWHERE)
@@ -411,7 +411,7 @@ async def test_a_job_that_bought_nothing_forgets_its_key(stores: list[PostgresJo
     """Handed back before it bought anything, a job may take any key."""
     add_key(sql, "a")
     fill(sql, 1)
-    [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a"])).jobs
+    [job] = (await stores[0].take_slots(QUEUE, daemon_id, 1, ["a"])).jobs
     await stores[0].commit([Transition(job, End.HANDED_BACK)], daemon_id=daemon_id)
     assert _one(sql, "SELECT key_alias FROM jobdaemon.procrastinate_jobs") == {"key_alias": None}
 
@@ -495,7 +495,7 @@ async def test_a_burst_of_refusals_counts_once_and_a_success_ends_it(
     """Refusals of one burst, in several commits, rest the key once; a success claimed since sets the count back."""
     add_key(sql)
     fill(sql, 9)
-    jobs = (await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a"])).jobs
+    jobs = (await stores[0].take_slots(QUEUE, daemon_id, 5, ["a"])).jobs
     for job in jobs[:3]:
         await stores[0].commit([ended(job, Signal.KEY)], daemon_id=daemon_id)
     first = key(sql)
@@ -503,13 +503,13 @@ async def test_a_burst_of_refusals_counts_once_and_a_success_ends_it(
     await stores[0].commit([ended(jobs[3])], daemon_id=daemon_id)
     assert key(sql)["rests"] == 1  # it had been claimed before
     sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = now()")
-    [job, other] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 2, ["a"])).jobs
+    [job, other] = (await stores[0].take_slots(QUEUE, daemon_id, 2, ["a"])).jobs
     await stores[0].commit([ended(job, Signal.KEY)], daemon_id=daemon_id)
     again = key(sql)
     assert again["rests"] == 2
     assert timedelta(seconds=110) < again["rested_until"] - datetime.now(UTC) <= timedelta(seconds=121)
     sql.execute("UPDATE jobdaemon.provider_keys SET rested_until = now()")
-    [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a"])).jobs
+    [job] = (await stores[0].take_slots(QUEUE, daemon_id, 1, ["a"])).jobs
     await stores[0].commit([ended(other), ended(job)], daemon_id=daemon_id)
     assert key(sql)["rests"] == 0
 
@@ -519,13 +519,13 @@ async def test_a_wished_wait_rests_the_key_and_not_the_queue(stores: list[Postgr
     add_key(sql, "a", concurrency=1)
     add_key(sql, "b", concurrency=1)
     fill(sql, 5)
-    [job] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a"])).jobs
+    [job] = (await stores[0].take_slots(QUEUE, daemon_id, 5, ["a"])).jobs
     await stores[0].commit([ended(job, Signal.CAPACITY, timedelta(minutes=5))], daemon_id=daemon_id)
     rests = key(sql)["rested_until"] - datetime.now(UTC)
     assert timedelta(minutes=4) < rests <= timedelta(minutes=5)
     row = _one(sql, f"SELECT adaptive_limit, rested_until FROM jobdaemon.queues WHERE name = '{QUEUE}'")
     assert row == {"adaptive_limit": 1, "rested_until": None}
-    assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a", "b"])).jobs] == ["b"]
+    assert [job.key_alias for job in (await stores[0].take_slots(QUEUE, daemon_id, 5, ["a", "b"])).jobs] == ["b"]
 
 
 @pytest.mark.parametrize("end", [End.SUCCEEDED, End.RETRY, End.FAILED, End.HANDED_BACK, End.INTERRUPTED])
@@ -537,7 +537,7 @@ async def test_the_budget_counts_what_was_bought(
     order_id = order_factory("Free")
     for _ in range(4):
         job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1, 2, 3]})
-    nothing, some, more, asked = (await stores[0].claim_with_keys(QUEUE, daemon_id, 4, ["a"])).jobs
+    nothing, some, more, asked = (await stores[0].take_slots(QUEUE, daemon_id, 4, ["a"])).jobs
     for job, made in ((some, 2), (more, 5), (asked, None)):
         writes: list[Write] = [CallSubmitted(order_id, job.id, "local", (1, 2, 3), None, "a")]
         await stores[0].commit([Transition(job, End.CHECKPOINT, writes=tuple(writes))], daemon_id=daemon_id)
@@ -562,7 +562,7 @@ async def test_who_is_turned_away_gives_the_budget_back(
         job_factory(QUEUE, Task.GENERATE, args={"order_id": order_id, "images": [1, 2]})
 
     async def claim(limit: int) -> list[Job]:
-        return (await stores[0].claim_with_keys(QUEUE, daemon_id, limit, ["a"])).jobs
+        return (await stores[0].take_slots(QUEUE, daemon_id, limit, ["a"])).jobs
 
     async def note(job: Job, *writes: Write) -> None:
         await stores[0].commit([Transition(job, End.CHECKPOINT, writes=writes)], daemon_id=daemon_id)
@@ -624,7 +624,7 @@ async def test_refusals_and_claims_at_once_wait_for_nobody_for_ever(
         for turn in range(8):
             jobs = []
             for queue in sorted([QUEUE, "generate.other"], reverse=turn % 2 == 0):
-                jobs += (await store.claim_with_keys(queue, daemon_id, 3, ["a", "b"])).jobs
+                jobs += (await store.take_slots(queue, daemon_id, 3, ["a", "b"])).jobs
             await store.commit([ended(job, signals[(number + job.id) % 4]) for job in jobs], daemon_id=daemon_id)
             done += len(jobs)
 
@@ -681,12 +681,12 @@ async def test_zero_and_the_largest_limits(stores: list[PostgresJobStore], daemo
     fill(sql, 9, images=3)
     add_key(sql, "a", concurrency=0)
     add_key(sql, "b", daily_budget=0)
-    claim = await stores[0].claim_with_keys(QUEUE, daemon_id, 3, ["a", "b"])
+    claim = await stores[0].take_slots(QUEUE, daemon_id, 3, ["a", "b"])
     assert (claim.jobs, claim.opens_in) == ([], None)
     add_key(sql, "c", concurrency=100_000, rate=10_000, daily_budget=1_000_000_000, spent=999_999_997)
-    assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a", "b", "c"])).jobs] == ["c"]
+    assert [job.key_alias for job in (await stores[0].take_slots(QUEUE, daemon_id, 1, ["a", "b", "c"])).jobs] == ["c"]
     add_key(sql, "d")
-    assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 2, ["a", "d"])).jobs] == ["d", "d"]
+    assert [job.key_alias for job in (await stores[0].take_slots(QUEUE, daemon_id, 2, ["a", "d"])).jobs] == ["d", "d"]
 
 
 async def test_only_keys_that_this_daemon_has_and_the_database_knows(
@@ -695,9 +695,9 @@ async def test_only_keys_that_this_daemon_has_and_the_database_knows(
     """A key that is not in the database, or whose secret this daemon lacks, starts nothing; neither does no key at all."""
     add_key(sql, "a")
     fill(sql, 2)
-    assert (await stores[0].claim_with_keys(QUEUE, daemon_id, 2, ["nope"])).jobs == []
-    assert (await stores[0].claim_with_keys(QUEUE, daemon_id, 2, [])).jobs == []
-    assert [job.key_alias for job in (await stores[0].claim_with_keys(QUEUE, daemon_id, 2, ["nope", "a"])).jobs] == ["a", "a"]
+    assert (await stores[0].take_slots(QUEUE, daemon_id, 2, ["nope"])).jobs == []
+    assert (await stores[0].take_slots(QUEUE, daemon_id, 2, [])).jobs == []
+    assert [job.key_alias for job in (await stores[0].take_slots(QUEUE, daemon_id, 2, ["nope", "a"])).jobs] == ["a", "a"]
 
 
 async def test_an_operator_in_the_middle_of_a_change_holds_nobody_up(
@@ -707,11 +707,11 @@ async def test_an_operator_in_the_middle_of_a_change_holds_nobody_up(
     add_key(sql, "a")
     add_key(sql, "b", concurrency=1)
     fill(sql, 5)
-    [first] = (await stores[0].claim_with_keys(QUEUE, daemon_id, 1, ["a"])).jobs
+    [first] = (await stores[0].take_slots(QUEUE, daemon_id, 1, ["a"])).jobs
     with sql.transaction():
         sql.execute("UPDATE jobdaemon.provider_keys SET concurrency = 7 WHERE alias = 'a'")
         async with asyncio.timeout(60):
-            claim = await stores[0].claim_with_keys(QUEUE, daemon_id, 5, ["a", "b"])
+            claim = await stores[0].take_slots(QUEUE, daemon_id, 5, ["a", "b"])
             await stores[0].commit([ended(first, Signal.KEY)], daemon_id=daemon_id)
     assert [job.key_alias for job in claim.jobs] == ["b"]
     assert claim.opens_in is not None

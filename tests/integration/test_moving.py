@@ -20,7 +20,7 @@ from jobdaemon.domain.write import CallSubmitted, ImageFailed
 from jobdaemon.queue import moving
 from jobdaemon.queue.moving import Look
 from jobdaemon.queue.store import PostgresJobStore
-from tests.factories import Claimed, Orders, Row, Sql, beautified, generated
+from tests.factories import Claimed, Orders, Row, Sql, beautified, generated, open_call
 
 RULES = FallbackRules(chains={"local": ("other", "third")}, images_per_call=lambda provider: {"other": 2}.get(provider, 5))
 
@@ -286,7 +286,7 @@ async def test_a_moved_batchs_lost_job_goes_back_to_its_call(
 
     async def calls() -> dict[str, str | None]:
         found = {
-            row["queue_name"]: await claimed_job_factory.store.orders.open_call(row["id"])
+            row["queue_name"]: await open_call(claimed_job_factory.store, order_id, row["id"])
             for row in _generates(order_factory, order_id)
         }
         return {queue: None if call is None else call.task_id for queue, call in found.items()}

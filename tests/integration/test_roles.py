@@ -18,7 +18,7 @@ from jobdaemon.domain.outcome import End, Signal, Transition, Verdict
 from jobdaemon.domain.write import OrderStarted
 from jobdaemon.queue.photo_links import DeletionRules
 from jobdaemon.queue.store import PostgresJobStore
-from tests.factories import PLANS, QUEUES, SOURCE, Sql, prewarmed
+from tests.factories import PLANS, QUEUES, SOURCE, Sql, open_call, prewarmed
 
 TABLES = (
     "provider_keys",
@@ -144,14 +144,14 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         await store.tell_orders([job.order_id])
         assert await store.orders.load_order(job.order_id) is not None
         assert len(await store.orders.load_images(job.order_id)) == 2
-        assert await store.orders.open_call(job.id) is None
+        assert await open_call(store, job.order_id, job.id) is None
         assert await store.answers(timeout=timedelta(seconds=5))
         assert await store.other_deaths(job, None, lease=timedelta(seconds=1)) == 0
         assert await store.open_orders(after=0, limit=9) == {job.order_id: False}
         sql.execute("DELETE FROM jobdaemon.procrastinate_jobs")
         assert len(await store.mend_orders([job.order_id], lambda provider: 1)) == 1
         sql.execute("UPDATE jobdaemon.procrastinate_jobs SET queue_name = 'generate.new', status = 'todo', scheduled_at = NULL")
-        [job] = (await store.claim_with_keys("generate.new", daemon_id, 1, ["a"])).jobs
+        [job] = (await store.take_slots("generate.new", daemon_id, 1, ["a"])).jobs
         refused = Transition(job, End.SNOOZE, signal=Signal.KEY)
         assert len((await store.commit([refused], daemon_id=daemon_id)).news) == 1
         moment = timedelta(seconds=1)

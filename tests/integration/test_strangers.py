@@ -16,7 +16,7 @@ from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import Mended, PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules
 from tests.daemons import Stages, running_daemon, until
-from tests.factories import Claimed, Orders, Row, Sql, beautified, generated
+from tests.factories import Claimed, Orders, Row, Sql, beautified, generated, open_call
 
 #: The reconciler looks at every sixth poll.
 HASTY = EngineRules(
@@ -146,7 +146,7 @@ async def test_a_call_that_was_noted_is_asked_for_and_not_bought_again(
     assert [order.jobs for order in await _mend(claimed_job_factory.store)] == [2]
     calls = {}
     for again in _open_jobs(order_factory, order_id):
-        call = await claimed_job_factory.store.orders.open_call(again["id"])
+        call = await open_call(claimed_job_factory.store, order_id, again["id"])
         calls[tuple(again["args"]["images"])] = None if call is None else call.task_id
     assert calls == {(3, 4, 5): "task-1", (6, 7): "task-6"}
 

@@ -417,7 +417,7 @@ class World:
                 yield Step(f"{name}: the attempt is cut short", cut._replace(left=left))
 
     def _slot_left(self, state: State, place: int, index: int) -> Iterator[Step[State]]:
-        """Its call is over, and its slot another's; it goes on: Team, the statement ``free_slots``."""
+        """Its call is over, and its slot another's; it goes on: Team, the statement ``claim_in_place``."""
         job = state.jobs[place]
         attempt = job.attempts[index]
         is_over = attempt.phase in (MADE, ENDING) or (self.rules.frees_early and attempt.phase == CALLING)

@@ -11,8 +11,8 @@ from unittest.mock import sentinel
 
 import pytest
 
-from jobdaemon.domain.job import Job
 from jobdaemon.events import Events
+from jobdaemon.queue.store import Claim
 from jobdaemon.queue.team import Team
 from tests.factories import RULES
 
@@ -26,10 +26,10 @@ class EmptyQueue:
     asked_at_s: list[float] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def claim(self, queue: str, daemon_id: int, limit: int) -> list[Job]:
+    async def take_slots(self, *_: object, **__: object) -> Claim:
         self.asked_at_s.append(asyncio.get_running_loop().time())
         self.asked.set()
-        return []
+        return Claim([])
 
     async def was_asked(self) -> None:
         """Wait for the next claim."""

@@ -88,14 +88,13 @@ SELECT id, task_name, priority, args, attempts, deaths, token, key_alias, opens_
     (SELECT q.circuit FROM jobdaemon.queues q WHERE q.name = $1) AS circuit_before
 FROM jobdaemon.claim_jobs($1, $2, $3, $4::text[]);
 
--- name: free_slots
--- The provider has done what these running jobs (ids $1, tokens $2) asked of it: they hold no slot of any limit any more.
-WITH own AS (
-    SELECT j.id FROM unnest($1::bigint[], $2::bigint[]) AS a (id, token)
-    JOIN jobdaemon.procrastinate_jobs j ON j.id = a.id AND j.token = a.token
-    WHERE j.status = 'doing' ORDER BY j.id FOR UPDATE OF j
-)
-UPDATE jobdaemon.procrastinate_jobs j SET released_token = j.token FROM own o WHERE j.id = o.id RETURNING j.id;
+-- name: claim_in_place
+-- The provider has done what these running jobs (ids $5, tokens $6) asked of it, and they leave their slots. Then as claim, for as many
+-- more jobs, but $7 at most; where there is none, there is a row without a job.
+SELECT c.id, c.task_name, c.priority, c.args, c.attempts, c.deaths, c.token, c.key_alias, c.opens_in_s, f.freed,
+    (SELECT q.circuit FROM jobdaemon.queues q WHERE q.name = $1) AS circuit_before
+FROM jobdaemon.leave_slots($5::bigint[], $6::bigint[]) AS f (freed)
+LEFT JOIN LATERAL jobdaemon.claim_jobs($1, $2, least($3::integer + cardinality(f.freed), $7::integer), $4::text[]) AS c ON true;
 
 -- name: queue_rows
 -- What operators set for these queues and for daemon $2, and whether a job is ready in them: the net below the notifications.
@@ -213,6 +212,11 @@ SELECT id, finished_at IS NOT NULL AS ended FROM jobdaemon.orders WHERE id = ANY
 -- The jobs of a group of transitions, by id, with what the fence needs.
 SELECT id, status::text, token, abort_requested FROM jobdaemon.procrastinate_jobs
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
+
+-- name: note_submits
+-- Calls ($4, as for call_submitted) of running jobs ($2, with their tokens $3) of open orders ($1) are noted, if the fence accepts them
+-- all: whether it did.
+SELECT jobdaemon.note_submits($1::bigint[], $2::bigint[], $3::bigint[], $4::jsonb);
 
 -- name: living_jobs
 -- Those of these (locked) jobs ($1) whose daemon has beaten, or has changed, since its last beat was $2: they are its own again. No

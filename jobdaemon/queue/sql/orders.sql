@@ -36,12 +36,7 @@ SELECT m.*, now() FROM made m WHERE m.artifact NOT IN (SELECT k.artifact FROM ke
 
 -- name: call_submitted
 -- {order_id, job_id, batch, provider, images, task_id, key, price}: one row per call; a job has one open call at most.
-INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, images, external_task_id, key_alias, price)
-SELECT w.order_id, w.job_id, w.batch, w.provider, w.images, w.task_id, w.key, w.price
-FROM jsonb_to_recordset($1::jsonb) AS w (order_id bigint, job_id bigint, batch integer, provider text, images integer[],
-    task_id text, key text, price numeric)
-WHERE NOT EXISTS (SELECT FROM jobdaemon.provider_calls c WHERE c.job_id = w.job_id AND c.outcome IS NULL)
-RETURNING order_id;
+SELECT order_id FROM jobdaemon.add_calls($1::jsonb) AS order_id;
 
 -- name: call_accepted
 -- {order_id, job_id, task_id}: instead of the id that was noted before the submit, where the provider chose another.
