@@ -131,7 +131,7 @@ async def polled(
 
     Args:
         ask: None means not yet. Its RetryableErrors are overcome *strikes* - 1 times in a row, longer after each; a
-            RateLimitedError of a poll says nothing about new calls, so it only slows the polling down.
+            RateLimitedError of a poll says nothing about new calls, so it only slows the polling down, and the service answers.
         every: from one question to the next, the time of its answer included, as long as that takes no more than half of it.
         what: for the error.
 
@@ -147,6 +147,7 @@ async def polled(
         try:
             answer = await ask()
         except RateLimitedError as error:
+            failures = 0
             rest_s = max(every * 2, error.retry_after or every).total_seconds()
         except RetryableError:
             failures += 1

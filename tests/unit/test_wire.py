@@ -105,8 +105,9 @@ def _script(*steps: Exception | str | None) -> Callable[[], Awaitable[str | None
 
 
 async def test_polling_goes_on_over_trouble() -> None:
-    """Not yet, a busy poll and two failures in a row do not end the waiting."""
-    ask = _script(None, RateLimitedError("busy"), ProviderUnavailableError("1"), ProviderUnavailableError("2"), None, "done")
+    """Not yet, a busy poll and two failures in a row do not end the waiting; busy is an answer, too."""
+    busy, away = RateLimitedError("busy"), ProviderUnavailableError("away")
+    ask = _script(None, busy, away, away, None, away, away, busy, away, away, "done")
     assert await polled(ask, every=NOW, patience=SOON, what="task 1") == "done"
 
 
