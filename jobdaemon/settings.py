@@ -85,7 +85,7 @@ from jobdaemon.units import format_duration, format_size
 
 SYSTEM_CONFIG = Path("/etc/jobdaemon/jobdaemon.toml")
 
-#: What can be chosen, as :data:`BACKENDS` can; app.py builds each.
+#: What can be chosen, as :data:`BACKENDS` can; jobdaemon.app builds each.
 PROVIDERS = (
     "local",
     "openai_images",

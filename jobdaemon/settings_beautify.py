@@ -26,7 +26,7 @@ from jobdaemon.settings_values import (
 )
 from jobdaemon.units import format_duration
 
-#: What can be chosen; app.py builds each.
+#: What can be chosen; jobdaemon.app builds each.
 BACKENDS = ("auto", "opencv", "gfpgan", "photo_enhance")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -125,7 +125,7 @@ ServiceUrl = Annotated[str, BeforeValidator(_web_url)]
 WebUrls = Annotated[tuple[ServiceUrl, ...], BeforeValidator(array_of_text)]
 Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
 Prompts = Annotated[tuple[str, ...], BeforeValidator(array_of_text), Field(min_length=1)]
-#: A provider's, backend's or queue's name; whether it exists is for app.py to say.
+#: A provider's, backend's or queue's name; whether it exists is for the composition root to say.
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=64)]
 OptionalNames = Annotated[tuple[Name, ...] | None, BeforeValidator(array_of_text), BeforeValidator(blank)]
 #: A table of arrays; as a variable a JSON object.

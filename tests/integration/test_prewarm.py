@@ -135,7 +135,7 @@ def studio(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
             studio.backends.append(CountingBackend(open_backend(settings)))
             return studio.backends[-1]
 
-        monkeypatch.setattr(app, "open_backend", counting)
+        monkeypatch.setattr(app.backends, "open_backend", counting)
         yield studio
 
 
@@ -244,7 +244,7 @@ async def test_photos_are_the_same_by_their_bytes(studio: Studio) -> None:
 @pytest.mark.newest_postgres
 async def test_a_slow_host_holds_no_slot(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that says nothing has a prewarm for a short while only; then an order goes first."""
-    monkeypatch.setattr(app, "_PREWARM_FETCH", timedelta(milliseconds=200))
+    monkeypatch.setattr(app.stages, "_PREWARM_FETCH", timedelta(milliseconds=200))
     async with photo_host(None) as host, studio.at_work(PHOTOS__ALLOWED_HOSTS=host):
         job_id = studio.prewarm_past_the_door(f"http://{host}/portrait")
         await until(lambda: studio.job(job_id)["status"] == "doing")

@@ -10,7 +10,7 @@ from tests.fakes import FakeProvider
 def test_only_queues_of_paid_providers_are_paid() -> None:
     """Whether a provider is paid decides whether its queue's calls are stopped when the lease is in doubt."""
     providers = {"local": FakeProvider(is_paid=False), "cloud": FakeProvider(is_paid=True)}
-    rules = app._queue_rules(load_settings(), providers)
+    rules = app.queue_rules(load_settings(), providers)
     paid = {name for name, queue in rules.items() if queue.attempt.is_paid}
     assert paid == {"generate.cloud"}
     assert {"beautify", "upload", "generate.local"} <= set(rules)

@@ -197,5 +197,5 @@ def test_what_is_no_array_of_tables(write: Write, value: str) -> None:
 async def test_the_engine_gets_the_aliases(write: Write) -> None:
     """The team of a provider's queue claims under the keys of its section; other teams under none."""
     settings = load_settings(write(ONE), {})
-    rules = app._queue_rules(settings, {"local": FakeProvider(), "painter": FakeProvider()})
+    rules = app.queue_rules(settings, {"local": FakeProvider(), "painter": FakeProvider()})
     assert {name: queue.keys for name, queue in rules.items() if queue.keys} == {"generate.painter": ("one",)}
