@@ -129,7 +129,7 @@ class Rig:
         }
         settings = ComfyUISettings(servers=urls or (self.url(),), workflow=workflow, **(values | changes))
         self.providers.append(
-            ComfyUIProvider(settings, client=self.client, max_image_bytes=MAX_BYTES, call_timeout=timedelta(seconds=1))
+            ComfyUIProvider(settings, client=self.client, max_image_bytes=MAX_BYTES, call_timeout=timedelta(seconds=3))
         )
         return self.providers[-1]
 

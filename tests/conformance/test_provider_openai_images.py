@@ -343,7 +343,7 @@ async def test_an_unsafe_prompt_is_refused_for_nothing(sandbox: Sandbox, make: M
 async def test_a_call_without_an_answer_is_lost_and_was_paid(sandbox: Sandbox, make: Make, fault: str) -> None:
     """A connection that breaks and a call that outlasts the timeout leave a lost submit, which nobody can be asked about."""
     sandbox.behaviour.faults = parse_faults(f"{fault}=1")
-    provider = make(timeout=timedelta(seconds=0.5), on_unknown_submit="fail")
+    provider = make(timeout=timedelta(seconds=2), on_unknown_submit="fail")
     request = wanted(provider)
     seen = await outcome(provider, request)
     assert isinstance(seen.error, AnswerLostError)

@@ -90,7 +90,7 @@ async def test_no_face_needs_no_device(journal: Path) -> None:
 @pytest.mark.parametrize("evil", [KILLS, HANGS, BABBLES, RAISES, FAILS], ids=["kills", "hangs", "babbles", "raises", "fails"])
 async def test_a_bad_face_fails_alone(journal: Path, evil: int) -> None:
     """A face that kills, hangs or breaks the child fails its own photo, retryably; those in its batch come out at once."""
-    async with restorer(journal, batch=4, max_wait_s=0.3, timeout_s=1.0) as made:
+    async with restorer(journal, batch=4, max_wait_s=0.3, timeout_s=2.0) as made:
         innocent = [[crop(20)], [crop(30), crop(31)]]
         *good, bad = await asyncio.gather(*(made.restore(crops) for crops in [*innocent, [crop(evil)]]), return_exceptions=True)
         assert isinstance(bad, DeviceFailedError)

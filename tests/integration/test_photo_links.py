@@ -154,7 +154,7 @@ async def opened(sandbox: Sandbox) -> AsyncIterator[Callable[[str], Superbed]]:
     client = GuardedClient(allowed_hosts=[sandbox.url.removeprefix("http://")])
 
     def open_account(token: str) -> Superbed:
-        section = {"url": f"{sandbox.url}/superbed/upload", "token": token, "timeout": "300ms"}
+        section = {"url": f"{sandbox.url}/superbed/upload", "token": token, "timeout": "3s"}
         return Superbed(SuperbedSettings.model_validate(section), client)
 
     yield open_account
