@@ -1,11 +1,12 @@
 -- What a provider's slot waits for between two calls, each in one question: a job leaves its slot and another starts in its place; and
--- the next call is noted. In functions, since planning such statements takes longer than carrying them out.
+-- the next call is noted. In functions, since planning such statements takes longer than carrying them out; bound to the indexes, since
+-- what is planned once may be planned while the tables are empty.
 
 -- The provider has done what these running jobs asked of it: from now on they hold no slot of any limit. Those (of p_ids, each with
 -- its token of p_tokens) that still run under that token.
 CREATE FUNCTION leave_slots(p_ids bigint[], p_tokens bigint[]) RETURNS bigint[]
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
-SET plan_cache_mode = force_generic_plan
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off
 AS $$
 DECLARE
     v_ids bigint[];
@@ -22,7 +23,7 @@ $$;
 -- open call; their orders.
 CREATE FUNCTION add_calls(p_calls jsonb) RETURNS SETOF bigint
 LANGUAGE sql SET search_path = jobdaemon, pg_temp
-SET plan_cache_mode = force_generic_plan
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off
 AS $$
     INSERT INTO provider_calls (order_id, job_id, batch, provider, images, external_task_id, key_alias, price)
     SELECT w.order_id, w.job_id, w.batch, w.provider, w.images, w.task_id, w.key, w.price
@@ -37,7 +38,7 @@ $$;
 -- who means to stop their jobs, as cancelling does, or to delete them.
 CREATE FUNCTION note_submits(p_orders bigint[], p_ids bigint[], p_tokens bigint[], p_calls jsonb) RETURNS boolean
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
-SET plan_cache_mode = force_generic_plan
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off
 AS $$
 DECLARE
     v_count integer;

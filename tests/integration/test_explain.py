@@ -12,7 +12,7 @@ import pytest
 from psycopg.rows import dict_row
 
 from tests.effort import IS_THOROUGH
-from tests.factories import Sql
+from tests.factories import Orders, Sql
 
 #: The plans are the same from some ten thousand rows on.
 MANY = 100_000 if IS_THOROUGH else 25_000
@@ -149,3 +149,58 @@ def test_a_claim_that_was_planned_on_an_empty_table_stays_cheap(
     postgres.drop_database(name)
     # To go through all that is ready takes more than six hundred, to go through the table more than a thousand.
     assert max(new, analysed) < 300, (new, analysed)
+
+
+def _between_two_calls(sql: Sql, statement: str) -> tuple[int, str]:
+    """Ask *statement* of the running job of a fresh order; the order, and what was asked."""
+    order_id = Orders(sql)("Free")
+    row = sql.execute(
+        "UPDATE jobdaemon.procrastinate_jobs SET status = 'doing', token = 1 WHERE args ->> 'order_id' = %s::text RETURNING id",
+        [str(order_id)],
+    ).fetchone()
+    assert row is not None
+    call = {"order_id": order_id, "job_id": row["id"], "batch": 1, "provider": "local", "images": [1]}
+    literals = {
+        "ids": f"ARRAY[{row['id']}]::bigint[]",
+        "tokens": "ARRAY[1]::bigint[]",
+        "orders": f"ARRAY[{order_id}]::bigint[]",
+        "calls": f"'{json.dumps([call])}'",
+    }
+    asked = f"SELECT jobdaemon.{statement % literals} AS answer"
+    answer = sql.execute(asked.encode(), prepare=True).fetchone()
+    assert answer in ({"answer": [row["id"]]}, {"answer": True})
+    sql.execute("UPDATE jobdaemon.provider_calls SET outcome = 'succeeded'")
+    return order_id, asked
+
+
+@pytest.mark.parametrize(
+    "statement", ["leave_slots(%(ids)s, %(tokens)s)", "note_submits(%(orders)s, %(ids)s, %(tokens)s, %(calls)s)"]
+)
+def test_what_was_planned_on_empty_tables_between_two_calls_stays_cheap(
+    postgres: Any, engine_template: str, statement: str
+) -> None:
+    """A daemon's first calls find small tables, and its connections keep those plans; then thousands of orders come at once."""
+    name = postgres.create_database(template=engine_template)
+    with psycopg.connect(postgres.url(name), autocommit=True, row_factory=dict_row) as sql:
+        for table in ("procrastinate_jobs", "orders", "provider_calls"):
+            sql.execute(f"ALTER TABLE jobdaemon.{table} SET (autovacuum_enabled = false)".encode())
+        for _ in range(11):
+            _between_two_calls(sql, statement)
+        order_id, asked = _between_two_calls(sql, statement)
+        sql.execute(
+            "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name)"
+            " SELECT 'upload', 'jobdaemon.x' FROM generate_series(1, 100000)"
+        )
+        sql.execute(
+            "INSERT INTO jobdaemon.orders (plan, provider, source, priority, images_total, expires_at)"
+            " SELECT 'Free', 'local', 'https://p.example/a.jpg', 1, 1, now() + interval '1 day' FROM generate_series(1, 20000)"
+        )
+        sql.execute(
+            "INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, outcome)"
+            " SELECT %s, 1000000 + n, 1, 'local', 'succeeded' FROM generate_series(1, 50000) AS n",
+            [order_id],
+        )
+        _, buffers = _explain(sql, asked)
+    postgres.drop_database(name)
+    # To go through the jobs takes more than a thousand.
+    assert buffers < 300
