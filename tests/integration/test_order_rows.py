@@ -53,3 +53,11 @@ async def test_a_batch_begins_with_the_call_its_job_left_open(claimed_job_factor
     ended = await reads.load_batch(order_id, job.id, [1])
     assert ended is not None
     assert ended.open_call is None
+
+
+async def test_an_image_whose_number_nobody_can_have_is_none(claimed_job_factory: Claimed) -> None:
+    """Anybody may defer a job with any numbers; those that are images of the order are made all the same."""
+    order_id = claimed_job_factory.orders("Free")
+    batch = await claimed_job_factory.store.orders.load_batch(order_id, 1, [1, 2**31, 2**63 - 1])
+    assert batch is not None
+    assert [image.index for image in batch.images] == [1, 2]
