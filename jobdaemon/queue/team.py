@@ -75,9 +75,11 @@ class Team:
         #: which hold none.
         self._leaving: dict[asyncio.Task[None], asyncio.Future[None]] = {}
         self._left: set[asyncio.Task[None]] = set()
+        #: Both, and those whose slot could not be left: their calls are over, and what these have made is here and paid for.
+        self._over: set[asyncio.Task[None]] = set()
         #: Those that have noted no call yet; and what tells those that left that there are none.
         self._beginning: set[asyncio.Task[None]] = set()
-        self._gone: list[asyncio.Future[None]] = []
+        self._gone: dict[asyncio.Task[None], asyncio.Future[None]] = {}
         #: Of the claim that is under way: jobs (id, token) that it was given and that were handed back before its answer came.
         self._disowned: set[tuple[int, int | None]] = set()
         #: When the loop last went round, by the event loop's clock; for the watchdog.
@@ -115,12 +117,16 @@ class Team:
                 task.cancel()
 
     def abort_paid(self, reason: str) -> int:
-        """Stop all attempts of a queue whose calls are paid for, and hand their jobs back, as the fence decides; how many."""
+        """
+        Stop the calls of a queue in which they are paid for, and hand their jobs back, as the fence decides; how many. Where the
+        call is over there is nothing to stop: what it made is kept, as the fence decides, too.
+        """
         if not self._rules.is_paid:
             return 0
-        for task in self._attempts:
+        calling = self._attempts.keys() - self._over
+        for task in calling:
             task.cancel(reason)
-        return len(self._attempts)
+        return len(calling)
 
     def disown(self, job: Job) -> bool:
         """
@@ -205,7 +211,7 @@ class Team:
         for job in claim.jobs:
             if (job.id, job.token) not in self._disowned:
                 self._start(job)
-        self._gone += leaving.values()
+        self._gone |= {task: future for task, future in leaving.items() if task in self._attempts}
         self._tell_those_gone()
 
     async def _take_slots(self, leaving: Sequence[Job]) -> Claim:
@@ -232,6 +238,7 @@ class Team:
     def _leave(self, task: asyncio.Task[None]) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if task in self._attempts and task not in self._left:
+            self._over.add(task)
             future = self._leaving.setdefault(task, future)
             self._begin_no_more(task)
             self.wake()
@@ -249,7 +256,7 @@ class Team:
     def _tell_those_gone(self) -> None:
         """Whoever has left its slot may go on when no call is being prepared, neither for that slot nor for another."""
         if not self._beginning and not self._leaving:
-            for future in self._gone:
+            for future in self._gone.values():
                 if not future.done():
                     future.set_result(None)
             self._gone.clear()
@@ -261,6 +268,8 @@ class Team:
         self._attempts.pop(task, None)
         self._leaving.pop(task, None)
         self._left.discard(task)
+        self._over.discard(task)
+        self._gone.pop(task, None)
         self._begin_no_more(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._events.emit(UpkeepFailed(error=f"attempt in {self.queue}: {type(error).__name__}: {error}"))
@@ -288,7 +297,7 @@ class Team:
             await asyncio.wait({*self._attempts, cut}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         cut.cancel()
         # What these have paid for is here, on its way into the store: a moment is cheaper than buying it again.
-        keeping = self._left | self._leaving.keys()
+        keeping = set(self._over)
         for task in self._attempts.keys() - keeping:
             task.cancel()
         rest = set(self._attempts)

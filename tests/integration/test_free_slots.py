@@ -208,6 +208,50 @@ async def test_what_a_call_made_is_kept_when_the_next_call_is_noted(
         over.set()
 
 
+async def test_what_was_paid_for_is_kept_though_its_slot_could_not_be_left(engine_database: str, sql: Sql) -> None:
+    """Where a claim that is held up leaves the slot to the attempt's end, its call is over all the same: it is not cut short."""
+    fill(sql, 1)
+    limit(sql, cluster_limit=1)
+    calls = Calls()
+    async with running_daemon(engine_database, Stages(gate=calls), engine=NO_POLL, team_size=2) as running:
+        team = running.supervisor._teams[QUEUE]
+        await calls.are(1)
+        with sql.transaction():
+            held = "SELECT pg_advisory_xact_lock(1784835684, id) FROM jobdaemon.queues WHERE name = %s"
+            await asyncio.to_thread(sql.execute, held, [QUEUE])
+            calls.end(1)
+            await until(lambda: bool(team._leaving))
+            await until(lambda: not team._leaving)
+        running.supervisor.stop("the test says so")
+        running.supervisor.stop("at once")
+        await nothing_happens()
+        calls.kept.set()
+    [row] = sql.execute("SELECT status::text FROM jobdaemon.procrastinate_jobs").fetchall()
+    assert row["status"] == "succeeded"
+
+
+async def test_nothing_piles_up_behind_a_call_that_is_long_in_coming(
+    engine_database: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one attempt prepares its call others come and go: a team remembers none that has ended."""
+    monkeypatch.setattr("jobdaemon.queue.attempt._NEXT_FIRST_S", 0.001)
+    fill(sql, 31)
+    begun: list[int] = []
+    prepared = asyncio.Event()
+
+    async def gate(attempt: Attempt) -> None:
+        begun.append(attempt.job.id)
+        if len(begun) == 1:
+            await prepared.wait()
+        await attempt.free_slot()
+
+    async with running_daemon(engine_database, Stages(gate=gate), engine=NO_POLL, team_size=2) as running:
+        team = running.supervisor._teams[QUEUE]
+        await until(lambda: len(begun) == 31 and team.running == 1)
+        assert len(team._gone) <= 1
+        prepared.set()
+
+
 async def test_a_claim_that_fails_frees_nothing(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
     """What leaves and what takes its place are one transaction: under a lapsed lease nobody has the slot but who had it."""
     limit(sql, cluster_limit=1)

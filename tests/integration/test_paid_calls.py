@@ -108,6 +108,26 @@ async def test_a_standstill_stops_paid_calls_before_they_go_on(
         assert len(_doubts(daemon)) == 1
 
 
+async def test_a_standstill_stops_no_call_that_is_over(engine_database: str, job_factory: Jobs, sql: Sql) -> None:
+    """What the provider has made is here: the fence decides whether it may be kept; it is not thrown away and bought anew."""
+    is_over, kept = asyncio.Event(), asyncio.Event()
+
+    async def gate(attempt: Attempt) -> None:
+        await attempt.free_slot()
+        is_over.set()
+        await kept.wait()
+
+    async with running_daemon(engine_database, Stages(gate), paid=[PAID], engine=QUICK) as daemon:
+        paid = job_factory(PAID, "jobdaemon.generate", args={"order_id": None, "images": []})
+        await is_over.wait()
+        doubt = daemon.events.expect(LeaseInDoubt)
+        time.sleep(1.5 * LEASE_S)  # noqa: ASYNC251 - see above
+        assert (await doubt.wait(60)).aborted == 0
+        kept.set()
+        await until(lambda: job_factory.row(paid)["status"] == "succeeded")
+        assert _attempts(sql, paid) == []
+
+
 async def test_sleep_of_the_machine_stops_paid_calls(
     engine_database: str, calls: Calls, job_factory: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
