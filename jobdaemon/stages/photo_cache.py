@@ -31,7 +31,9 @@ class PhotoCache:
         content = self._photos.get(name)
         if content is None:
             content = await self._store.get(photo.key, max_bytes=self._max_photo_bytes)
-            self._keep(name, content)
+            # What is not what the store was given (a folder over a network that gave part of it) is this call's trouble alone.
+            if len(content) == photo.size_bytes:
+                self._keep(name, content)
         else:
             self._photos.move_to_end(name)
         return content

@@ -59,3 +59,13 @@ async def test_another_photo_under_the_same_key_is_another_one() -> None:
     await cache.get(old)
     shelf.photos = [new]
     assert len(await cache.get(new)) == 20
+
+
+async def test_a_photo_that_came_in_part_is_fetched_again() -> None:
+    """One bad answer of a store is one call's, as it was without a cache."""
+    whole, part = photo("a", 10), photo("a", 6)
+    shelf = Shelf([part])
+    cache = PhotoCache(cast("ArtifactStore", shelf), max_photo_bytes=100)
+    assert len(await cache.get(whole)) == 6
+    shelf.photos = [whole]
+    assert len(await cache.get(whole)) == 10
