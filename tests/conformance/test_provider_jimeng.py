@@ -607,8 +607,18 @@ async def test_a_poll_that_some_gateway_refuses_does_not_end_the_task() -> None:
     assert [type(event) for event in seen.events] == [Submitting, TaskAccepted]
 
 
-async def against(bodies: list[Any], **chosen: Any) -> Outcome:
-    """What a call comes to at a server that answers with *bodies* in turn, the last for ever."""
+async def test_a_task_that_brings_too_many_images_does_not_end_the_calls() -> None:
+    """A batch that was cut for larger calls takes several; its slot is its own until the last one is over."""
+    task = {"code": 10000, "data": {"task_id": 7}}
+    done = {"code": 10000, "data": {"status": "done", "image_urls": ["https://x.example/1", "https://x.example/2"]}}
+    seen = await against([task, done, task, done], images=2, images_per_call=1)
+    call = [Submitting, TaskAccepted, ImageMade]
+    assert [type(event) for event in seen.events] == [*call, *call]
+    assert seen.done_after == [5]
+
+
+async def against(bodies: list[Any], *, images: int | None = None, **chosen: Any) -> Outcome:
+    """What so many *images* come to at a server that answers with *bodies* in turn, the last for ever."""
     told = iter(bodies)
     last = bodies[-1]
 
@@ -624,6 +634,9 @@ async def against(bodies: list[Any], **chosen: Any) -> Outcome:
             {"base_url": url, "req_key": "jimeng_t2i_v40", "photo": "store", "poll": "1ms", "task_timeout": "2s"} | chosen
         )
         provider = JimengProvider(settings, keys={"k": KEYS}, client=client, links=InlineLinks(), max_image_bytes=MAX_IMAGE_BYTES)
-        seen = await outcome(provider, wanted(provider, at_most=2))
+        request = wanted(provider, at_most=2)
+        if images is not None:
+            request = replace(request, images=tuple((index, index) for index in range(1, images + 1)))
+        seen = await outcome(provider, request)
         await client.close()
     return seen

@@ -166,7 +166,7 @@ class JimengProvider:
             yield TaskAccepted(task_id)
             async with aclosing(self._results(task_id, batch, pair)) as events:
                 async for event in events:
-                    if isinstance(event, Charged) and event.images >= len(waiting):
+                    if isinstance(event, Charged) and min(event.images, len(batch)) >= len(waiting):
                         yield CallDone()
                     if isinstance(event, ImageMade | ImageRefused):
                         waiting.remove(event.index)
