@@ -50,8 +50,10 @@ _TRANSIENT_STATUSES = {408, 425}
 _SHOWN_PATH_CHARACTERS = 80
 #: What is handed to a sink at once: a thread for each block of the network would cost more than the writing.
 _POUR_BYTES = 1 << 18
-#: A body up to this size is sent as a whole: a form comes in twenty parts, and each would be a write of its own.
+#: A body up to this size is put together first: a form comes in twenty parts, and each would be a write of its own.
 _JOINED_BYTES = 1 << 23
+#: And no write is larger: each may take as long as a silence, which on a slow line is too little for a whole photo.
+_WRITTEN_BYTES = 1 << 20
 
 _REFUSED_V4 = [
     ipaddress.IPv4Network(network)
@@ -622,7 +624,8 @@ class _SentBody(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         self.is_begun = True
         async for part in self._inner:
-            yield part
+            for start in range(0, len(part), _WRITTEN_BYTES):
+                yield part[start : start + _WRITTEN_BYTES]
         self.is_whole = True
 
 

@@ -285,6 +285,25 @@ async def test_half_a_request_took_nothing(server: Server, client: GuardedClient
         assert type(caught.value) is ProviderUnavailableError
 
 
+async def test_a_large_body_may_take_longer_than_a_silence(server: Server) -> None:
+    """The idle timeout is for a service that takes nothing any more, and not for all of a photo on a slow line."""
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        left = next(int(line.partition(":")[2]) for line in head.split("\r\n") if line.lower().startswith("content-length:"))
+        while left > 0:
+            left -= len(await reader.read(1 << 19))
+            await asyncio.sleep(0.03)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await writer.drain()
+
+    server.act = slow
+    client = GuardedClient(allowed_hosts=[f"127.0.0.1:{server.port}"], idle_timeout=timedelta(seconds=2))
+    assert (await call(client, server.url, content=bytes(24 * 1024 * 1024), within=timedelta(seconds=60))).json() == {}
+    await client.close()
+
+
 @pytest.mark.parametrize(
     "answer",
     [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\nhalf", b"nonsense\r\n\r\n"],
