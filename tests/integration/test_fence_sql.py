@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 
 import asyncpg
+import psycopg
 import pytest
 
 from jobdaemon.domain.expand import upload_job
@@ -15,6 +18,7 @@ from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.write import CallSubmitted, ImageFailed, OrderStarted
 from jobdaemon.errors import RowsLockedError
 from jobdaemon.queue.store import Committed, PostgresJobStore
+from tests.daemons import until
 from tests.factories import Claimed, Jobs, Sql, beautified, generated, open_call, stored
 
 ENDS = [End.SUCCEEDED, End.RETRY, End.SNOOZE, End.HANDED_BACK, End.FAILED, End.CHECKPOINT]
@@ -145,6 +149,33 @@ async def test_a_call_of_an_order_that_somebody_holds_is_not_noted(claimed_job_f
             await commit(claimed_job_factory.store, note)
         assert sql.execute("SELECT FROM jobdaemon.provider_calls").fetchall() == []
     assert await commit(claimed_job_factory.store, note) == [Verdict.ACCEPTED]
+
+
+@pytest.mark.parametrize("what", ["its order is being cancelled", "its job is being claimed again"])
+async def test_a_call_waits_for_who_is_about_to_forbid_it(
+    engine_database: str, claimed_job_factory: Claimed, sql: Sql, what: str
+) -> None:
+    """What was there when the statement began does not count, but what is there when it has the rows."""
+    job = await _generate_job(claimed_job_factory)
+    assert job.order_id is not None
+    note = Transition(job, End.CHECKPOINT, writes=(CallSubmitted(job.order_id, job.id, "local", (1, 2)),))
+
+    async def noted() -> list[Verdict]:
+        while True:
+            with suppress(RowsLockedError):  # on a machine that stood still for a second
+                return await commit(claimed_job_factory.store, note)
+
+    with psycopg.connect(engine_database) as other:
+        if what == "its order is being cancelled":
+            other.execute("SELECT jobdaemon.cancel_order(%s)", [job.order_id])
+        else:
+            other.execute("UPDATE jobdaemon.procrastinate_jobs SET token = token + 1 WHERE id = %s", [job.id])
+        noting = asyncio.create_task(noted())
+        waiting = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        await until(lambda: sql.execute(waiting.encode()).fetchone() is not None)
+    expected = Verdict.ORDER_ENDED if what == "its order is being cancelled" else Verdict.LEASE_LOST
+    assert await noting == [expected]
+    assert sql.execute("SELECT FROM jobdaemon.provider_calls").fetchall() == []
 
 
 async def test_order_cancelled_while_its_job_runs(claimed_job_factory: Claimed, sql: Sql) -> None:
