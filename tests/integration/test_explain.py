@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from jobdaemon.queue.sql import load
 from tests.effort import IS_THOROUGH
 from tests.factories import Orders, Sql
 
@@ -204,3 +205,19 @@ def test_what_was_planned_on_empty_tables_between_two_calls_stays_cheap(
     postgres.drop_database(name)
     # To go through the jobs takes more than a thousand.
     assert buffers < 300
+
+
+def test_a_batch_is_loaded_from_a_large_order_in_one_go(postgres: Any, engine_template: str) -> None:
+    """Also before the tables were analysed: its prompts are not looked up again for each image of the order."""
+    name = postgres.create_database(template=engine_template)
+    with psycopg.connect(postgres.url(name), autocommit=True, row_factory=dict_row) as sql:
+        sql.execute("ALTER TABLE jobdaemon.images SET (autovacuum_enabled = false)")
+        order_id = Orders(sql)("Free")
+        sql.execute(
+            "INSERT INTO jobdaemon.images (order_id, index, prompt) SELECT %s, n, 'p' || n / 5 FROM generate_series(3, 1000) n",
+            [order_id],
+        )
+        sql.execute(f"PREPARE batch (bigint, bigint, bigint[]) AS {load('order_rows.sql')['batch']}".encode())
+        _, buffers = _explain(sql, f"EXECUTE batch({order_id}, 1, '{{991, 992}}')")
+    postgres.drop_database(name)
+    assert buffers < 200

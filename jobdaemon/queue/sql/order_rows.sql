@@ -21,8 +21,8 @@ FROM jobdaemon.images WHERE order_id = $1 AND index = $2;
 SELECT o.id, o.plan, o.provider, o.source, o.params, o.priority, o.status, o.beautified, o.finished_at IS NOT NULL AS ended,
     coalesce((SELECT jsonb_agg(jsonb_build_object('index', i.index, 'prompt', i.prompt, 'status', i.status, 'provider', i.provider,
         'locator', i.locator, 'object_key', i.object_key, 'call_id', i.call_id) ORDER BY i.index)
-        FROM jobdaemon.images i WHERE i.order_id = o.id AND i.prompt IN (
-            SELECT w.prompt FROM jobdaemon.images w WHERE w.order_id = $1 AND w.index = ANY ($3::bigint[]))), '[]') AS images,
+        FROM jobdaemon.images i WHERE i.order_id = o.id AND i.prompt = ANY (ARRAY(
+            SELECT w.prompt FROM jobdaemon.images w WHERE w.order_id = $1 AND w.index = ANY ($3::bigint[])))), '[]') AS images,
     c.id AS call_id, c.external_task_id, c.images AS call_images, c.key_alias, c.submitted_at, c.is_key_known
 FROM jobdaemon.orders o
 LEFT JOIN LATERAL (
