@@ -166,6 +166,7 @@ class Team:
             await self._until_lease_holds()
             if self._free(len(self._leaving)) <= 0:
                 # A slot that this team would not use stays its attempt's until that ends: then others are told.
+                _tell(self._leaving.values())
                 continue
             try:
                 # Shielded: a claim that is under way when the daemon stops must not lose the jobs it got.
@@ -256,9 +257,7 @@ class Team:
     def _tell_those_gone(self) -> None:
         """Whoever has left its slot may go on when no call is being prepared, neither for that slot nor for another."""
         if not self._beginning and not self._leaving:
-            for future in self._gone.values():
-                if not future.done():
-                    future.set_result(None)
+            _tell(self._gone.values())
             self._gone.clear()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -312,3 +311,9 @@ class Team:
             for task in stuck:
                 task.cancel()
         return len(rest)
+
+
+def _tell(futures: Iterable[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

@@ -208,6 +208,22 @@ async def test_what_a_call_made_is_kept_when_the_next_call_is_noted(
         over.set()
 
 
+async def test_what_a_call_made_waits_for_no_next_call_of_a_paused_team(
+    engine_database: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody here would take the slot it is not left, and there is nothing to wait for."""
+    monkeypatch.setattr("jobdaemon.queue.attempt._NEXT_FIRST_S", 60)
+    fill(sql, 2)
+    calls = Calls()
+    calls.kept.set()
+    async with at_work(engine_database, calls, team_size=1) as team:
+        await calls.are(1)
+        await asyncio.to_thread(sql.execute, "SELECT jobdaemon.pause_queue(%s)", [QUEUE])
+        await until(lambda: team.size == 0)
+        calls.end(1)
+        await until(lambda: team.running == 0, timeout_s=20)
+
+
 async def test_what_was_paid_for_is_kept_though_its_slot_could_not_be_left(engine_database: str, sql: Sql) -> None:
     """Where a claim that is held up leaves the slot to the attempt's end, its call is over all the same: it is not cut short."""
     fill(sql, 1)
