@@ -7,7 +7,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -23,7 +24,9 @@ from tests.factories import Jobs, Row, Sql
 pytestmark = pytest.mark.newest_postgres
 
 PAID, FREE = "generate.local", "upload"
-LEASE_S = QUICK.lease.total_seconds()
+#: A machine that stands still for a second is not to be a lapse of its own.
+ENGINE = replace(QUICK, lease=timedelta(seconds=2))
+LEASE_S = ENGINE.lease.total_seconds()
 
 
 @dataclass(slots=True)
@@ -96,7 +99,7 @@ async def test_a_standstill_stops_paid_calls_before_they_go_on(
     engine_database: str, calls: Calls, job_factory: Jobs, sql: Sql
 ) -> None:
     """A process that stood still aborts its paid calls before they read the answer that waits for them; free work goes on."""
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=ENGINE) as daemon:
         paid, _ = await _at_work(calls, job_factory)
         doubt = daemon.events.expect(LeaseInDoubt)
         calls.answer()
@@ -117,7 +120,7 @@ async def test_a_standstill_stops_no_call_that_is_over(engine_database: str, job
         is_over.set()
         await kept.wait()
 
-    async with running_daemon(engine_database, Stages(gate), paid=[PAID], engine=QUICK) as daemon:
+    async with running_daemon(engine_database, Stages(gate), paid=[PAID], engine=ENGINE) as daemon:
         paid = job_factory(PAID, "jobdaemon.generate", args={"order_id": None, "images": []})
         await is_over.wait()
         doubt = daemon.events.expect(LeaseInDoubt)
@@ -132,7 +135,7 @@ async def test_sleep_of_the_machine_stops_paid_calls(
     engine_database: str, calls: Calls, job_factory: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that slept, which the event loop's own clock does not count, aborts its paid calls before it beats again."""
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=ENGINE) as daemon:
         await _at_work(calls, job_factory)
         doubt = daemon.events.expect(LeaseInDoubt)
         awake = heartbeat.elapsed_s
@@ -152,7 +155,7 @@ def test_the_clock_of_a_lease_counts_sleep() -> None:
 
 async def test_a_short_standstill_stops_nothing(engine_database: str, calls: Calls, job_factory: Jobs) -> None:
     """Half a lease without a beat is no reason to throw a paid call away."""
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=ENGINE) as daemon:
         await _at_work(calls, job_factory)
         time.sleep(0.4 * LEASE_S)  # noqa: ASYNC251 - see above
         calls.answer()
@@ -164,7 +167,7 @@ async def test_beats_that_do_not_get_through_stop_paid_calls(
     engine_database: str, calls: Calls, job_factory: Jobs, sql: Sql
 ) -> None:
     """Where Postgres answers but no beat gets through, paid calls are aborted about when the lease ends; free work runs on."""
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=ENGINE) as daemon:
         paid, free = await _at_work(calls, job_factory)
         doubt = daemon.events.expect(LeaseInDoubt)
         with psycopg.connect(engine_database) as locker:
@@ -187,7 +190,7 @@ async def test_while_postgres_is_away_nothing_is_stopped(
     """Paid calls outlive an outage of Postgres, however long, and its end: nobody else can have their jobs."""
     [row] = sql.execute("SELECT current_database() AS name").fetchall()
     name = row["name"]
-    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=QUICK) as daemon:
+    async with running_daemon(engine_database, Stages(calls.gate), paid=[PAID], engine=ENGINE) as daemon:
         await _at_work(calls, job_factory)
         lost, back = daemon.events.expect(DatabaseLost), daemon.events.expect(DatabaseBack)
         postgres.admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
