@@ -26,7 +26,7 @@ from tests.daemons import NO_POLL, QUICK, Stages, running_daemon, until
 from tests.factories import Claimed, Jobs, Orders, Sql
 from tests.fixtures_engine import ensure_rows
 
-LEASE = timedelta(seconds=1)
+LEASE = timedelta(minutes=1)
 
 
 def _silence(sql: Sql, daemon_id: int) -> None:

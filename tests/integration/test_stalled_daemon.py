@@ -12,9 +12,9 @@ from jobdaemon.queue.supervisor import EngineRules
 from tests.daemons import Stages, running_daemon, until
 from tests.factories import Jobs, Sql
 
-LEASE_S = 0.6
+LEASE_S = 2.0
 ENGINE = EngineRules(
-    heartbeat=timedelta(seconds=0.1),
+    heartbeat=timedelta(seconds=0.3),
     lease=timedelta(seconds=LEASE_S),
     poll=timedelta(seconds=60),
     stop_grace=timedelta(seconds=5),
