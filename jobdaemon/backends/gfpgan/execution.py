@@ -28,7 +28,7 @@ class Restored:
     What came out.
 
     Attributes:
-        crops: (N, 512, 512, 3) uint8 RGB.
+        crops: (N, 512, 512, 3) uint8 RGB; may change when the next but one batch is started.
         sound: (N,) bool, whether the face's values were numbers.
     """
 
@@ -109,7 +109,7 @@ class CudaExecution:
                 torch.zeros(shape, dtype=torch.uint8, pin_memory=True),
                 torch.empty(shape, dtype=torch.uint8, pin_memory=True),
                 torch.empty(batch_size, dtype=torch.bool, pin_memory=True),
-                torch.cuda.Event(),
+                torch.cuda.Event(blocking=True),  # waits asleep: the core that would spin is one that encodes photos
             )
             for _ in range(2)
         ]
@@ -144,7 +144,7 @@ class CudaExecution:
 
         def wait() -> Restored:
             slot.done.synchronize()
-            return Restored(slot.pixels[:count].numpy().copy(), slot.sound[:count].numpy().copy())
+            return Restored(slot.pixels[:count].numpy(), slot.sound[:count].numpy())
 
         return wait
 

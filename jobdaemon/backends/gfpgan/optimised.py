@@ -150,14 +150,14 @@ class _Styled(nn.Module):  # type: ignore[misc]
         weight = modulated.weight.detach()[0]
         self.modulation = _linear(modulated.modulation)
         self.weight = _frozen(weight)
-        self.bias = _frozen(original.bias)
+        # Added up once, (1, C, H, W): a sum of (1, 1, H, W) and (1, C, 1, 1) is laid out channels first, as any picture after it.
+        self.offset = _frozen(original.weight * noise + original.bias)
         self._doubles = modulated.sample_mode == "upsample"
         self._padding = int(modulated.padding)
         self._eps = float(modulated.eps)
         # float32 whatever the precision: it scales whole channels. Linear's attributes are left alone by _convert.
         self.energy = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.energy.weight = _frozen(weight.to(torch.float32).square().sum((2, 3)))
-        self.noise = _frozen(original.weight * noise)
 
     def forward(self, x: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
         scale = self.modulation(style)
@@ -166,7 +166,7 @@ class _Styled(nn.Module):  # type: ignore[misc]
         if self._doubles:
             x = _doubled(x)
         x = functional.conv2d(x, self.weight, padding=self._padding)
-        return _activated(torch.addcmul(self.noise + self.bias, x, gain.to(x.dtype)[:, :, None, None]))
+        return _activated(torch.addcmul(self.offset, x, gain.to(x.dtype)[:, :, None, None]))
 
 
 class _Colours(nn.Module):  # type: ignore[misc]
