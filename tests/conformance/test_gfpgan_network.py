@@ -321,15 +321,15 @@ def test_dead_compiler_falls_back(narrow: nn.Module, network: FaceNetwork, monke
 
 
 def test_compiled_network_is_asked_for_one_batch_size(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network is compiled whole, for the one batch size it is then always called with."""
+    """The network is compiled whole, for the one kind of batch it is then always called with: another would compile it again."""
     asked: list[dict[str, Any]] = []
-    sizes: list[int] = []
+    kinds: list[tuple[int, bool]] = []
 
     def compiler(network: nn.Module, **options: Any) -> Any:
         asked.append(options)
 
         def forward(crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            sizes.append(len(crops))
+            kinds.append((len(crops), crops.is_inference()))
             return crops, torch.ones(len(crops), dtype=torch.bool)
 
         return forward
@@ -337,7 +337,7 @@ def test_compiled_network_is_asked_for_one_batch_size(narrow: nn.Module, monkeyp
     monkeypatch.setattr(torch, "compile", compiler)
     FaceNetwork(narrow, device="cpu", batch_size=4, compile=True).restore(faces(5))
     assert asked == [{"dynamic": False, "fullgraph": True}]
-    assert set(sizes) == {4}
+    assert set(kinds) == {(4, False)}
 
 
 def test_two_batches_are_in_flight(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

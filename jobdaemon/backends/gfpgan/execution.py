@@ -68,8 +68,10 @@ class PlainExecution:
     def submit(self, crops: Pixels) -> Callable[[], Restored]:
         batch = np.zeros((self.batch_size, FACE_SIDE_PX, FACE_SIDE_PX, 3), np.uint8)
         batch[: len(crops)] = crops
+        # Made outside, or it is another kind of tensor than the one that the network was compiled with.
+        sent = torch.from_numpy(batch).to(self._device)
         with torch.inference_mode():
-            pixels, sound = self._forward(torch.from_numpy(batch).to(self._device))
+            pixels, sound = self._forward(sent)
             restored = Restored(pixels[: len(crops)].cpu().numpy(), sound[: len(crops)].cpu().numpy())
         return lambda: restored
 
