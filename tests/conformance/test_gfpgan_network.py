@@ -91,7 +91,7 @@ def test_full_network_gives_the_authors_numbers(tmp_path: Path, authors_class: A
     truth = stock(authors, face)
     with torch.inference_mode():
         ours = OptimisedNetwork(build(tensors, path=path), device=CPU, dtype=torch.float32).compute(numbers(face))
-    assert truth.std() > 0.1
+    assert 0.1 < truth.std() < 0.7, "a picture, or figures in levels of one mean nothing"
     assert (ours - truth).abs().max() < 1e-4
 
 
