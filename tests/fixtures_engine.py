@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -13,6 +14,7 @@ import pytest_asyncio
 from psycopg.rows import dict_row
 
 from jobdaemon.db import DatabaseAddress
+from jobdaemon.queue import store as store_module
 from jobdaemon.queue.store import PostgresJobStore
 from tests.factories import PLANS, QUEUES, Claimed, Jobs, Orders, Sql
 
@@ -23,6 +25,7 @@ __all__ = [
     "engine_template",
     "job_factory",
     "order_factory",
+    "patient_locks",
     "sql",
     "store",
 ]
@@ -63,6 +66,13 @@ def sql(engine_database: str) -> Iterator[Sql]:
     """
     with psycopg.connect(engine_database, autocommit=True, row_factory=dict_row, options="-c lock_timeout=10s") as connection:
         yield connection
+
+
+@pytest.fixture
+def patient_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores that are made now wait for a lock for as long as it takes: who races others must not lose to a standstill."""
+    for patience in ("_CLAIM_PATIENCE", "_COMMIT_PATIENCE"):
+        monkeypatch.setattr(store_module, patience, timedelta(minutes=1))
 
 
 @pytest_asyncio.fixture

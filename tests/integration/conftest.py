@@ -9,6 +9,7 @@ from tests.fixtures_engine import (
     engine_template,
     job_factory,
     order_factory,
+    patient_locks,
     sql,
     store,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "engine_template",
     "job_factory",
     "order_factory",
+    "patient_locks",
     "sql",
     "store",
 ]

@@ -18,7 +18,7 @@ from tests.factories import Jobs, Orders, Sql
 
 
 @pytest.fixture
-async def stores(engine_database: str):  # type: ignore[no-untyped-def]
+async def stores(engine_database: str, patient_locks: None):  # type: ignore[no-untyped-def]
     """Eight stores, each with connections of its own."""
     stores = [PostgresJobStore(DatabaseAddress(engine_database)) for _ in range(8)]
     yield stores

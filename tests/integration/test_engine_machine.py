@@ -22,7 +22,6 @@ from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import End, Transition, Verdict
 from jobdaemon.domain.retry import after_death
-from jobdaemon.queue import store
 from jobdaemon.queue.store import LostJob, PostgresJobStore
 from tests.factories import SOURCE, Row, Sql, generated
 
@@ -378,10 +377,8 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def bench(engine_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A database of the test's own; a lock is waited for while the machine stands still, too."""
-    for patience in ("_CLAIM_PATIENCE", "_COMMIT_PATIENCE"):
-        monkeypatch.setattr(store, patience, timedelta(minutes=1))
+def bench(engine_database: str, patient_locks: None) -> Iterator[Bench]:
+    """A database of the test's own."""
     with (
         asyncio.Runner() as runner,
         psycopg.connect(engine_database, autocommit=True, row_factory=dict_row) as sql,

@@ -247,7 +247,7 @@ def test_long_queues_of_many_customers(
 
 
 @pytest.fixture
-async def stores(engine_database: str):  # type: ignore[no-untyped-def]
+async def stores(engine_database: str, patient_locks: None):  # type: ignore[no-untyped-def]
     """Four stores, each with connections of its own."""
     stores = [PostgresJobStore(DatabaseAddress(engine_database)) for _ in range(4)]
     yield stores
