@@ -81,17 +81,21 @@ class PostgresServer:
 
 
 def _clear_up_after_killed_sessions() -> None:
-    """Stop servers of sessions that were killed, and remove them; one without living users has a free lock, for a while now."""
+    """Stop servers of sessions that were killed a while ago, and remove them; one without living users has a free lock."""
+    old = time.time() - _LEFT_OVER_AFTER_S
     for folder in scratch_root().glob(f"{_PREFIX}*"):
         with suppress(OSError):
-            if time.time() - folder.stat().st_mtime < _LEFT_OVER_AFTER_S:
-                continue
-        with suppress(OSError), (folder / "postgres" / "users.lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError, ProcessLookupError):
-                # SIGQUIT: it goes at once; nobody wants its data.
-                os.kill(int((folder / "postgres" / "cluster" / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.stat().st_mtime < old:
+                _remove_unused(folder)
+
+
+def _remove_unused(folder: Path) -> None:
+    with (folder / "postgres" / "users.lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # SIGQUIT: it goes at once; nobody wants its data.
+            os.kill(int((folder / "postgres" / "cluster" / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

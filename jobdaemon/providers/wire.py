@@ -131,7 +131,7 @@ async def polled(
 
     Args:
         ask: None means not yet. Its RetryableErrors are overcome *strikes* - 1 times in a row, longer after each; a
-            RateLimitedError of a poll says nothing about new calls, so it only slows the polling down, and the service answers.
+            RateLimitedError of a poll says nothing about new calls, so it only slows the polling down; it ends a row of failures.
         every: from one question to the next, the time of its answer included, as long as that takes no more than half of it.
         what: for the error.
 

@@ -56,7 +56,7 @@ _MOVE_LIMIT = 100
 _MOVES_PER_ROUND = 20
 #: The share of the lease over which daemons spread their looks after a heartbeat lapsed, so that not all rescue the same at once.
 _SPREAD = 1 / 15
-#: The share of the lease after which to look again, when a look was in vain: the database was away, or no beat gets through.
+#: The share of the lease after which to look again, when a round broke off: perhaps before it had looked for lost jobs.
 _AGAIN = 1 / 5
 #: Timers ring a little early; asking again too soon would find the job still not due.
 _TIMER_SLACK_S = 0.002
@@ -257,10 +257,7 @@ class Upkeep:
     async def _rescue(self, *, is_poll: bool) -> None:
         daemon_id = self._daemon_id()
         running = [job.id for team in self._teams.values() for job in team.running_jobs]
-        may_rescue = self._may_rescue()
-        found, lapse = await self._store.lost_jobs(daemon_id, running, lease=self._lease if may_rescue else None)
-        if not may_rescue:
-            lapse = _AGAIN * self._lease
+        found, lapse = await self._store.lost_jobs(daemon_id, running, lease=self._lease if self._may_rescue() else None)
         if lapse is not None:
             self._look_in(lapse)
         lost = [one for one in found if (one.job.id, one.job.token) not in self._ends]

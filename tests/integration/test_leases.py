@@ -335,18 +335,6 @@ async def test_a_look_tells_when_to_look_again(
     assert (None if lapse is None else round(lapse.total_seconds())) == expected
 
 
-async def test_who_looks_late_looks_again_soon(store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql) -> None:
-    """A daemon whose own last beat is late judges nobody, and looks again in a fifth of the lease, not in a whole one."""
-    looker, worker = await _two_daemons(store, claimed_job_factory, sql)
-    beaten = "UPDATE jobdaemon.procrastinate_workers SET last_heartbeat = now() - %s * interval '1 second' WHERE id = %s"
-    sql.execute(beaten, [3600, worker])
-    sql.execute(beaten, [8, looker])
-    look = await store.lost_jobs(looker, [], lease=LEASE)
-    assert look.lost == []
-    assert look.lapse is not None
-    assert round(look.lapse.total_seconds(), 3) == 3
-
-
 @pytest.mark.parametrize("mishap", ["a lock", "a standstill"])
 async def test_nobody_that_lives_is_rescued(engine_database: str, order_factory: Orders, sql: Sql, mishap: str) -> None:
     """Where beats and looks wait longer than a lease for a lock, or all daemons stand still, each keeps what it runs."""

@@ -19,7 +19,7 @@ from jobdaemon import schema
 from jobdaemon.domain.outcome import End, Transition
 from jobdaemon.domain.retry import MAX_DEATHS
 from jobdaemon.embedded import EmbeddedPostgres
-from jobdaemon.events import DatabaseBack, JobsRescued, JobStarted, OrderSettled
+from jobdaemon.events import DatabaseBack, JobsRescued, JobStarted, OrderSettled, UpkeepFailed
 from jobdaemon.ports import Attempt
 from jobdaemon.queue.store import PostgresJobStore
 from tests.daemons import NO_POLL, QUICK, Stages, running_daemon, until
@@ -102,6 +102,21 @@ async def test_no_rescue_before_a_whole_lease_of_own_beats(engine_database: str,
         began = loop.time()
         await daemon.events.wait_for(JobsRescued, timeout=20)
         assert QUICK.lease.total_seconds() * 0.8 <= loop.time() - began < 20  # the poll is a minute away
+
+
+async def test_a_round_that_broke_off_is_done_again_before_the_lease_is_over(
+    engine_database: str, claimed_job_factory: Claimed, sql: Sql
+) -> None:
+    """A round of upkeep that fails may have been the one that would have rescued: the next looks, long before poll and lease."""
+    await claimed_job_factory.beautify(plan="Free")
+    _silence(sql, claimed_job_factory.daemon_id)
+    sql.execute("ALTER TABLE jobdaemon.procrastinate_jobs RENAME TO away")
+    engine = replace(NO_POLL, lease=timedelta(seconds=20))
+    async with running_daemon(engine_database, Stages(), engine=engine, team_size=0) as daemon:
+        await until(lambda: any(isinstance(event, UpkeepFailed) and "upkeep" in event.error for event in daemon.seen))
+        _steady(sql, daemon.supervisor.daemon_id)
+        sql.execute("ALTER TABLE jobdaemon.away RENAME TO procrastinate_jobs")
+        await daemon.events.wait_for(JobsRescued, timeout=15)  # it takes 4 s; without, 20
 
 
 async def test_poison_is_a_dead_letter_after_so_many_deaths(claimed_job_factory: Claimed, sql: Sql) -> None:

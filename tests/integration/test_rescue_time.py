@@ -19,8 +19,6 @@ from tests.factories import Jobs, Sql
 
 #: What the design promises, in leases: 20 s where a lease is 15 s.
 PROMISED = 20 / 15
-#: The first that is in time will do.
-DEATHS = 3
 BEATEN = "SELECT extract(epoch FROM last_heartbeat)::float8 AS at FROM jobdaemon.procrastinate_workers WHERE id = %s"
 RESCUED = (
     "SELECT extract(epoch FROM ended_at)::float8 AS at FROM jobdaemon.attempts WHERE job_id = %s AND outcome = 'interrupted'"
@@ -72,12 +70,13 @@ async def rescue_time(url: str, sql: Sql, jobs: Jobs, engine: EngineRules, *, ph
 async def test_a_killed_daemons_job_is_free_in_time(engine_database: str, job_factory: Jobs, sql: Sql) -> None:
     """Killed right after a heartbeat, the worst moment, a daemon loses its job within 4/3 of a lease, however rare polls are."""
     engine = replace(NO_POLL, heartbeat=timedelta(seconds=1), lease=timedelta(seconds=3))
-    taken_s: list[float] = []
+    within_s = PROMISED * engine.lease.total_seconds()
+    in_time: list[bool] = []
     async with running_daemon(engine_database, Stages(), engine=engine, team_size=0):
-        # A machine that stands still for half a second makes one late: whoever rescues has to have beaten steadily for a lease.
-        while len(taken_s) < DEATHS and not (taken_s and taken_s[-1] <= PROMISED * engine.lease.total_seconds()):
-            taken_s.append(await rescue_time(engine_database, sql, job_factory, engine, phase=0.0))
-    assert taken_s[-1] <= PROMISED * engine.lease.total_seconds(), taken_s
+        # Two of three: whoever rescues has to have beaten steadily for a lease, which a standstill of half a second undoes here.
+        while max(in_time.count(True), in_time.count(False)) < 2:
+            in_time.append(await rescue_time(engine_database, sql, job_factory, engine, phase=0.0) <= within_s)
+    assert in_time.count(True) == 2
 
 
 @pytest.mark.slow

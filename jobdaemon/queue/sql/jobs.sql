@@ -149,12 +149,10 @@ FROM locked l WHERE j.id = l.id;
 -- removed its row. Others are judged only by a worker whose own beats have come without a gap for a whole lease, the last one within
 -- half a lease: after an outage, a long lock, a standstill of all or a leap of the clock everybody looks silent, itself included. One
 -- reading of the clock is for both, so that it does not matter how long this statement had to wait. No lock: the fence decides.
--- At least one row, if only to say in how many seconds a look may find more: another heartbeat lapses, or we may judge from then on;
--- soon, where we may not because our own last beat is late.
+-- At least one row, if only to say in how many seconds a look may find more: another heartbeat lapses, or we may judge from then on.
 WITH look AS MATERIALIZED (
     SELECT c.at, c.lease, us.last_heartbeat BETWEEN c.at - c.lease / 2 AND c.at AND us.steady_since <= c.at - c.lease AS may_judge,
-        CASE WHEN us.steady_since + c.lease > c.at THEN us.steady_since + c.lease
-            WHEN us.last_heartbeat NOT BETWEEN c.at - c.lease / 2 AND c.at THEN c.at + c.lease / 5 END AS judges_at
+        us.steady_since + c.lease AS judges_at
     FROM (SELECT clock_timestamp() AS at, $1 * interval '1 second' AS lease) AS c
     LEFT JOIN jobdaemon.procrastinate_workers us ON us.id = $3
 ), lapse AS (
