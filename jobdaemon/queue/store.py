@@ -373,7 +373,7 @@ class PostgresJobStore:
     # Claiming and upkeep
 
     async def claim(self, queue: str, daemon_id: int, limit: int) -> list[Job]:
-        """:meth:`take_slots` of a queue whose provider knows no keys: *limit* of them, for none."""
+        """Up to *limit* ready jobs of a queue whose provider knows no keys; as :meth:`take_slots`."""
         return (await self.take_slots(queue, daemon_id, limit)).jobs
 
     async def take_slots(
