@@ -66,7 +66,7 @@ def enqueue(connection: PsycopgConnection, order: NewOrder) -> EnqueuedOrder:
         try:
             cursor.execute(_FOR_PSYCOPG, _values(order))
         except Exception as error:
-            _raise_refusal(error)
+            raise_refusal(error)
             raise
         return EnqueuedOrder(*cursor.fetchone())
 
@@ -86,7 +86,7 @@ async def enqueue_async(connection: AsyncpgConnection | PsycopgConnection, order
             await cursor.execute(_FOR_PSYCOPG, _values(order))
             return EnqueuedOrder(*await cursor.fetchone())
     except Exception as error:
-        _raise_refusal(error)
+        raise_refusal(error)
         raise
 
 
@@ -111,8 +111,12 @@ def _values(order: NewOrder) -> list[Any]:
     ]
 
 
-def _raise_refusal(error: Exception) -> None:
-    """Both drivers' errors carry the SQLSTATE under the same name, and the sentence under two."""
+def raise_refusal(error: Exception) -> None:
+    """
+    Raises RefusedError where *error* is the database's refusal; else nothing.
+
+    Both drivers' errors carry the SQLSTATE under the same name, and the sentence under two.
+    """
     sqlstate = getattr(error, "sqlstate", None)
     if isinstance(sqlstate, str) and sqlstate.startswith("JD"):
         diagnostics = getattr(error, "diag", None)

@@ -203,6 +203,20 @@ class OrderSettled(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class OrdersRetired(Event):
+    """*count* orders ended ``retention.photos`` ago: their photos and jobs are being removed, and they cannot be redriven."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class OrdersRemoved(Event):
+    """*count* orders ended ``retention.orders`` ago: their rows are gone."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class OrderMended(Event):
     """Somebody else had ended or deleted jobs of an open order: so many were made again, so many images (or the order) failed."""
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import stat
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobdaemon.domain.artifact import EXTENSIONS, source_key
+from jobdaemon.domain.artifact import ARTIFACT_SCHEME, EXTENSIONS, source_key
 from jobdaemon.errors import InvalidOrderError, UnsupportedImageError
 from jobdaemon.photo import PhotoLimits, inspect_image
 from jobdaemon.ports import ArtifactStore
 
 _EXTENSIONS = EXTENSIONS | {"image/tiff": "tif", "image/heic": "heic"}
+#: How often to look whether a source is deleted: half a minute in all. It takes less (queue/pruner.py), or its daemon died.
+_LOOK_S = 0.2
+_LOOKS = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class PhotoFile:
     @property
     def source(self) -> str:
         """The order's source once the photo is stored."""
-        return f"artifact:{self.key}"
+        return ARTIFACT_SCHEME + self.key
 
 
 def read_photo_file(path: Path, *, limits: PhotoLimits) -> PhotoFile:
@@ -71,14 +76,22 @@ def read_photo_file(path: Path, *, limits: PhotoLimits) -> PhotoFile:
     return PhotoFile(content, hashlib.sha256(content).hexdigest(), media_type)
 
 
-async def store_photo(store: ArtifactStore, photo: PhotoFile) -> str:
+async def store_photo(store: ArtifactStore, photo: PhotoFile, hold: Callable[[str], Awaitable[bool]]) -> str:
     """
     Store the photo and return the order's source; the same photo again is a success.
+
+    Args:
+        hold: keeps a source for a day until it is ordered; False while it is being deleted, since nobody had needed it for long.
 
     Raises:
         StoreUnavailableError: full, unreachable or busy. Retryable.
         StoreRefusedError: credentials, bucket or rights. Permanent.
+        What *hold* raises.
     """
+    for _ in range(_LOOKS):
+        if await hold(photo.source):
+            break
+        await asyncio.sleep(_LOOK_S)
     await store.put(photo.key, photo.content, photo.media_type)
     return photo.source
 

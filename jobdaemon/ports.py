@@ -474,6 +474,16 @@ class ArtifactStore(Protocol):
         """Remove *key*; that it is not there is a success."""
         ...
 
+    async def delete_folder(self, folder: str) -> None:
+        """
+        Remove every key that begins with *folder* (itself like a key) and a slash; that there is none is a success.
+
+        Raises:
+            StoreUnavailableError: Retryable; some may be gone.
+            StoreRefusedError: Permanent.
+        """
+        ...
+
     def url(self, key: str) -> str | None:
         """Where people can fetch *key*, or None when this store serves nobody."""
         ...

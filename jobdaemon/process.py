@@ -171,7 +171,7 @@ class ForegroundRun:
     async def _prepare(self, run: PhotoRun) -> None:
         photo = await asyncio.to_thread(read_photo_file, run.photo, limits=self._limits)
         run.sha256 = photo.sha256
-        run.source = await store_photo(self._artifacts, photo)
+        run.source = await store_photo(self._artifacts, photo, self._desk.hold_source)
         # What is asked for, wherever it goes: the folder belongs to it.
         digest = derive_key(run.sha256, self._wish.plan, self._wish.details(), "").rpartition("-")[2]
         try:
@@ -184,6 +184,8 @@ class ForegroundRun:
         assert run.delivery is not None
         wish = self._wish
         key = derive_key(run.sha256, wish.plan, wish.details(), str(run.delivery.folder.absolute()))
+        # Again, since it may have waited for its turn.
+        await self._desk.hold_source(run.source)
         while True:
             order = await self._desk.enqueue(
                 NewOrder(plan=wish.plan, source=run.source, customer=CUSTOMER, key=key, prompts=wish.prompts, images=wish.images)
@@ -193,11 +195,20 @@ class ForegroundRun:
                 return
             # An earlier call made this order: what had failed gets new attempts now, and a cancelled one a successor.
             status = (await self._desk.progress([order.order_id]))[order.order_id]["status"]
-            if status != "cancelled":
-                if status in ("failed", "partial"):
-                    await self._desk.redrive(order.order_id)
+            if status != "cancelled" and not (status in ("failed", "partial") and await self._is_past(order.order_id, status)):
                 return
             key = f"{key[:200]}:{order.order_id}"
+
+    async def _is_past(self, order_id: int, status: str) -> bool:
+        """
+        Give what has failed of an order new attempts. One that was retired cannot be: when it failed as a whole it is past,
+        and is made anew; when some of its images were stored it stays as it is, since all would be bought again.
+        """
+        try:
+            await self._desk.redrive(order_id)
+        except RefusedError:
+            return status == "failed"
+        return False
 
     def _refuse(self, run: PhotoRun, error: JobdaemonError) -> None:
         run.status, run.error = "refused", str(error)

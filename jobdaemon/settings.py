@@ -45,7 +45,13 @@ from jobdaemon.settings_generate import (
     SuperbedSettings,
     provider_contradictions,
 )
-from jobdaemon.settings_orders import OrdersSettings, PlansSettings, plan_contradictions
+from jobdaemon.settings_orders import (
+    OrdersSettings,
+    PlansSettings,
+    RetentionSettings,
+    plan_contradictions,
+    retention_contradictions,
+)
 from jobdaemon.settings_sources import (
     Path_,
     Problem,
@@ -294,6 +300,7 @@ class Settings(Section):
     queues: dict[Annotated[str, AfterValidator(_queue_name)], QueueOverrides] = Field(default_factory=dict)
     plans: PlansSettings = PlansSettings()
     orders: OrdersSettings = OrdersSettings()
+    retention: RetentionSettings = RetentionSettings()
     beautify: BeautifySettings = BeautifySettings()
     prewarm: PrewarmSettings = PrewarmSettings()
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
@@ -437,6 +444,7 @@ def _contradictions(settings: Settings) -> Iterator[Problem]:
     yield from _cache_contradictions(settings)
     yield from beautify_contradictions(settings.beautify, settings.queue("beautify").run_timeout)
     yield from plan_contradictions(settings.plans, orders)
+    yield from retention_contradictions(settings.retention)
 
 
 def _unknown_provider(key: str, name: str) -> Problem:

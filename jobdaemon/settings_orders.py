@@ -10,6 +10,7 @@ from pydantic import Field
 
 from jobdaemon.settings_sources import Problem
 from jobdaemon.settings_values import (
+    DurationOrNever,
     LongerThanZero,
     Name,
     NamesByName,
@@ -163,6 +164,25 @@ class OrdersSettings(Section):
     fallback: NamesByName = Field(default_factory=dict)
     fallback_after: LongerThanZero = timedelta(minutes=2)
     prompts: PlanPrompts = PlanPrompts()
+
+
+class RetentionSettings(Section):
+    """
+    What becomes of orders that ended long ago.
+
+    Attributes:
+        photos: how long after its end the photos and jobs of an order are kept; until then it can be redriven. None: for ever.
+        orders: how long after its end the order itself is kept, with its images' rows and its calls. None: for ever.
+    """
+
+    photos: DurationOrNever = timedelta(days=30)
+    orders: DurationOrNever = None
+
+
+def retention_contradictions(retention: RetentionSettings) -> Iterator[Problem]:
+    """What cannot be kept for shorter than something else."""
+    if retention.orders is not None and (retention.photos is None or retention.orders < retention.photos):
+        yield Problem("retention.orders", "must not be shorter than retention.photos: an order goes after its photos and jobs")
 
 
 def plan_contradictions(plans: PlansSettings, orders: OrdersSettings) -> Iterator[Problem]:

@@ -107,6 +107,8 @@ def _hosts(value: object) -> object:
 
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 LongerThanZero = Annotated[Duration, Field(gt=timedelta(0))]
+#: The empty text, or None, means "never".
+DurationOrNever = Annotated[LongerThanZero | None, BeforeValidator(blank)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(number)]
 Priority = Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)]

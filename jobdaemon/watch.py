@@ -9,7 +9,7 @@ from typing import Any
 
 from jobdaemon.db import Connection, DatabaseAddress, Session, rows
 from jobdaemon.domain.order import NewOrder
-from jobdaemon.enqueue import EnqueuedOrder, enqueue_async
+from jobdaemon.enqueue import EnqueuedOrder, enqueue_async, raise_refusal
 
 ORDERS_CHANNEL = "jobdaemon_orders"
 
@@ -36,10 +36,24 @@ class OrderDesk:
         async with self._session.use() as connection:
             return await enqueue_async(connection, order)
 
-    async def redrive(self, order_id: int) -> int:
-        """Give the dead letters of an order new attempts; returns how many jobs that were."""
+    async def hold_source(self, source: str) -> bool:
+        """Keep a source for a day until it is ordered, whatever became of it before; False while it is being deleted."""
         async with self._session.use() as connection:
-            count: int = await connection.fetchval("SELECT jobdaemon.redrive(order_id => $1)", order_id)
+            return bool(await connection.fetchval("SELECT jobdaemon.hold_source($1)", source))
+
+    async def redrive(self, order_id: int) -> int:
+        """
+        Give the dead letters of an order new attempts; returns how many jobs that were.
+
+        Raises:
+            RefusedError: it was cancelled, or retired.
+        """
+        async with self._session.use() as connection:
+            try:
+                count: int = await connection.fetchval("SELECT jobdaemon.redrive(order_id => $1)", order_id)
+            except Exception as error:
+                raise_refusal(error)
+                raise
             return count
 
     async def progress(self, order_ids: Iterable[int]) -> dict[int, dict[str, Any]]:

@@ -103,6 +103,10 @@ class FakeArtifacts:
     async def delete(self, key: str) -> None:
         self.objects.pop(key, None)
 
+    async def delete_folder(self, folder: str) -> None:
+        for key in [key for key in self.objects if key.startswith(f"{folder}/")]:
+            await self.delete(key)
+
     def url(self, key: str) -> str | None:
         return f"https://cdn.example/{key}"
 

@@ -20,6 +20,7 @@ from jobdaemon.ports import ArtifactStore
 from jobdaemon.queue.image_cache import CacheKeeper
 from jobdaemon.queue.photo_links import PhotoLinkKeeper
 from jobdaemon.queue.prewarmed import PrewarmedKeeper
+from jobdaemon.queue.pruner import Pruner
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.queue.supervisor import EngineRules, Supervisor
 from jobdaemon.settings import Settings
@@ -77,6 +78,9 @@ async def open_daemon(settings: Settings, url: str, events: Events) -> AsyncIter
             companions=(
                 _cache_keeper(settings, store, artifacts, events).run,
                 _prewarmed_keeper(settings, store, artifacts, events).run,
+                Pruner(
+                    store.retention, artifacts, events, photos=settings.retention.photos, orders=settings.retention.orders
+                ).run,
                 *_photo_link_keepers(settings, store, services, events),
             ),
         )

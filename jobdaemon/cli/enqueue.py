@@ -170,7 +170,12 @@ class Desk:
         file = read_photo_file(Path(photo).expanduser(), limits=limits)
         if self._store is None:
             self._store = app.open_store(self._settings)
-        return self._runner.run(store_photo(self._store, file))
+        return self._runner.run(store_photo(self._store, file, self._hold_source))
+
+    async def _hold_source(self, source: str) -> bool:
+        row = self._connection.execute("SELECT jobdaemon.hold_source(%s)", [source]).fetchone()
+        assert row is not None
+        return bool(row[0])
 
     def _moment(self, at: object) -> datetime:
         """A wait counts by the database's clock, which decides when the order starts."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 #: One to 512 bytes of URL-safe path segments; no empty, ``.`` or ``..`` segment, no leading slash.
 _KEY = re.compile(r"\A(?!.*(?:^|/)\.{1,2}(?:/|$))[A-Za-z0-9._=-]+(?:/[A-Za-z0-9._=-]+)*\Z")
 MAX_KEY_BYTES = 512
+#: Before a key, where a link could stand as well: the source of an order, the locator of an image.
+ARTIFACT_SCHEME = "artifact:"
 
 EXTENSIONS = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp"}
 
@@ -40,9 +42,14 @@ def source_key(sha256: str, extension: str = "img") -> str:
     return f"sources/{sha256[:2]}/{sha256}.{extension}"
 
 
+def work_folder(order_id: int) -> str:
+    """Where everything of an order lies that is of no use once the order has ended and cannot be redriven."""
+    return f"work/{order_id}"
+
+
 def beautified_key(order_id: int, sha256: str) -> str:
     """Key of an order's beautified photo."""
-    return f"work/{order_id}/beautified-{sha256[:16]}.jpg"
+    return f"{work_folder(order_id)}/beautified-{sha256[:16]}.jpg"
 
 
 def prewarmed_key(photo_sha256: str, job_id: int) -> str:
@@ -78,7 +85,7 @@ def order_of(key: str) -> int:
 
 def generated_key(order_id: int, index: int, sha256: str, media_type: str) -> str:
     """Key of an image that arrived inline from a provider, before it is uploaded."""
-    return f"work/{order_id}/{index:03d}-{sha256[:16]}.{EXTENSIONS.get(media_type, 'bin')}"
+    return f"{work_folder(order_id)}/{index:03d}-{sha256[:16]}.{EXTENSIONS.get(media_type, 'bin')}"
 
 
 def image_key(order_id: int, index: int, sha256: str, media_type: str) -> str:

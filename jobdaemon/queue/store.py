@@ -34,6 +34,7 @@ from jobdaemon.queue.key_rests import rest_keys
 from jobdaemon.queue.order_rows import OrderRows
 from jobdaemon.queue.photo_links import PhotoLinkRows
 from jobdaemon.queue.prewarmed import PrewarmedRows
+from jobdaemon.queue.pruner import RetentionRows
 from jobdaemon.queue.steering import Steering
 
 #: A job became ready in the queue that is the payload; one will be due later; an operator changed the queue.
@@ -180,6 +181,8 @@ class PostgresJobStore:
         self.prewarmed = PrewarmedRows(self._reads, self._upkeep)
         #: And of photos that lie where providers fetch them.
         self.photo_links = PhotoLinkRows(self._reads, self._upkeep)
+        #: Of orders that ended long ago.
+        self.retention = RetentionRows(self._upkeep)
         self._steering = Steering()
         self._on_notify: Callable[[str, str], None] | None = None
         self._on_silence: Callable[[], None] | None = None

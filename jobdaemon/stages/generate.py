@@ -15,7 +15,7 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from decimal import Decimal
 
-from jobdaemon.domain.artifact import Artifact, generated_key
+from jobdaemon.domain.artifact import ARTIFACT_SCHEME, Artifact, generated_key
 from jobdaemon.domain.expand import upload_job
 from jobdaemon.domain.fallback import FallbackRules, Move, Settle
 from jobdaemon.domain.job import provider_of
@@ -42,7 +42,6 @@ from jobdaemon.spool import Spool
 from jobdaemon.stages.arrivals import Arrivals
 from jobdaemon.stages.photo_cache import PhotoCache
 from jobdaemon.stages.provider_call import CallRecord
-from jobdaemon.stages.source import ARTIFACT_SCHEME
 
 #: An image that came inline is paid for and nowhere else: a store that is away for a moment must not cost it.
 _STORE_RESTS_S = (0.5, 1.0, 2.0, 4.0)

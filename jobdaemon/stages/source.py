@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from jobdaemon.domain.artifact import ARTIFACT_SCHEME
 from jobdaemon.errors import ProviderUnavailableError, RateLimitedError, SourceUnavailableError
 from jobdaemon.ports import ArtifactStore
 
 T = TypeVar("T")
-
-ARTIFACT_SCHEME = "artifact:"
 
 
 async def fetched(fetch: Callable[[str], Awaitable[T]], url: str) -> T:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import IO
 
-from jobdaemon.domain.artifact import image_key
+from jobdaemon.domain.artifact import ARTIFACT_SCHEME, image_key
 from jobdaemon.domain.expand import collect_job
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import ImageFailed, ImageLost, ImagesRemoved, ImageStored
@@ -19,7 +19,7 @@ from jobdaemon.errors import (
 )
 from jobdaemon.ports import ArtifactStore, Attempt, ImageFacts, ImageRow, OrderReader
 from jobdaemon.spool import Spool
-from jobdaemon.stages.source import ARTIFACT_SCHEME, fetched
+from jobdaemon.stages.source import fetched
 
 #: Images decoded at once: each takes four bytes a pixel, and more of them at a time than there are cores are no faster.
 DECODED_AT_ONCE = 2

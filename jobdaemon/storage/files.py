@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -113,6 +114,11 @@ class FilesStore:
         """Remove *key* and the folders that it leaves empty; that it is not there is a success."""
         self._require_valid(key)
         await self._in_thread(_delete, self._root, key)
+
+    async def delete_folder(self, folder: str) -> None:
+        """Remove *folder* with all that is in it, half-written files too; that it is not there is a success."""
+        self._require_valid(folder)
+        await self._in_thread(_delete_folder, self._root, folder)
 
     def url(self, key: str) -> str:
         """The public URL of *key*, or its ``file://`` URI."""
@@ -301,13 +307,32 @@ def _delete(root: Path, key: str) -> None:
                 os.unlink(name, dir_fd=folder)
         except (FileNotFoundError, IsADirectoryError):
             return
-    while names:  # an order's folder goes with its last file, or a busy store would fill with empty ones
-        last = names.pop()
+    _remove_empty(root, names)
+
+
+def _remove_empty(root: Path, names: list[str]) -> None:
+    """An order's folder goes with its last file, or a busy store would fill with empty ones; and so do those above it."""
+    while names:
+        *names, last = names
         try:
             with _folder(root, names) as folder:
                 os.rmdir(last, dir_fd=folder)
         except OSError:
             return
+
+
+def _delete_folder(root: Path, key: str) -> None:
+    *names, name = key.split("/")
+    with _translated(root, key):
+        try:
+            with _folder(root, names) as parent:
+                while stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                    # Of several that do this at once, one finds gone what it was about to remove; then it looks again.
+                    with suppress(FileNotFoundError):
+                        shutil.rmtree(name, dir_fd=parent)
+        except FileNotFoundError:
+            pass
+    _remove_empty(root, names)
 
 
 def _sweep(root: Path) -> int:

@@ -14,7 +14,7 @@ import base64
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from io import BytesIO
 from typing import IO, TYPE_CHECKING, Any
@@ -184,6 +184,21 @@ class R2Store:
                 await client.delete_object(Bucket=self._bucket, Key=object_key)
         except ArtifactMissingError:
             return
+
+    async def delete_folder(self, folder: str) -> None:
+        """Remove all objects under *folder*, one after another: there are few."""
+        prefix = f"{self._object_key(folder)}/"
+        more: dict[str, Any] = {}
+        while True:
+            async with self._calling(prefix) as client:
+                page = await client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **more)
+            for listed in page.get("Contents", []):
+                with suppress(ArtifactMissingError):
+                    async with self._calling(listed["Key"]) as client:
+                        await client.delete_object(Bucket=self._bucket, Key=listed["Key"])
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def url(self, key: str) -> str | None:
         """The public URL of *key*, or None without a public host."""

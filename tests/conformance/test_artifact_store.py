@@ -152,6 +152,38 @@ async def test_deleting_touches_no_sibling(store: ArtifactStore) -> None:
     assert await store.get("work/1/b.jpg", max_bytes=1) == b"b"
 
 
+async def test_a_folder_goes_with_all_that_is_below(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything below it goes, however deep and however much; what only begins with its name stays. Again is a success."""
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")  # a page of the S3 server
+    below = [f"work/1/{number:03d}.jpg" for number in range(35)] + ["work/1/deep/er/a.jpg"]
+    beside = ["work/12/a.jpg", "work/1.jpg", "orders/1/a.jpg"]
+    for key in below + beside:
+        await store.put(key, b"x", "image/jpeg")
+    await store.delete_folder("work/1")
+    for key in below:
+        with pytest.raises(ArtifactMissingError):
+            await store.get(key, max_bytes=1)
+    for key in beside:
+        assert await store.get(key, max_bytes=1) == b"x"
+    await store.delete_folder("work/1")
+    await store.delete_folder("nothing/here")
+    await store.delete_folder("work/1.jpg")
+    assert await store.get("work/1.jpg", max_bytes=1) == b"x"
+
+
+async def test_a_folder_may_be_deleted_by_many_at_once(store: ArtifactStore) -> None:
+    """Several that delete the same folder all succeed, and it is gone; a put into it afterwards holds."""
+    for number in range(40):
+        await store.put(f"work/1/{number:03d}.jpg", b"x", "image/jpeg")
+    async with asyncio.TaskGroup() as group:
+        for _ in range(6):
+            group.create_task(store.delete_folder("work/1"))
+    with pytest.raises(ArtifactMissingError):
+        await store.get("work/1/039.jpg", max_bytes=1)
+    await store.put("work/1/a.jpg", b"a", "image/jpeg")
+    assert await store.get("work/1/a.jpg", max_bytes=1) == b"a"
+
+
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../b", "a//b", "a/", "a b", "a\n", "ü", "a/./b", "~x", "x" * 513])
 async def test_a_bad_key_is_refused_everywhere(store: ArtifactStore, key: str) -> None:
     """A key that is_valid_key does not take is refused by every method, for good."""
@@ -161,6 +193,8 @@ async def test_a_bad_key_is_refused_everywhere(store: ArtifactStore, key: str) -
         await store.get(key, max_bytes=1)
     with pytest.raises(StoreRefusedError):
         await store.delete(key)
+    with pytest.raises(StoreRefusedError):
+        await store.delete_folder(key)
     with pytest.raises(StoreRefusedError):
         store.url(key)
 

@@ -221,3 +221,52 @@ def test_a_batch_is_loaded_from_a_large_order_in_one_go(postgres: Any, engine_te
         _, buffers = _explain(sql, f"EXECUTE batch({order_id}, 1, '{{991, 992}}')")
     postgres.drop_database(name)
     assert buffers < 200
+
+
+@pytest.mark.parametrize(
+    ("statement", "most"),
+    [
+        # 50 orders, their calls and attempts
+        ("retire_orders(86400, 50)", 5000),
+        # 500 jobs and their events
+        ("prune_jobs(0, 86400, 500)", 14000),
+        # 100 are looked at, 50 needed and 10 given out
+        ("sources_to_delete(86400, 10)", 5000),
+        # 50 orders with two images each
+        ("remove_orders(86400, 50)", 2500),
+    ],
+)
+def test_retention_costs_by_what_it_does(postgres: Any, engine_template: str, statement: str, most: int) -> None:
+    """Planned on empty tables, then years of orders are there: its functions touch what they remove, not all there is."""
+    name = postgres.create_database(template=engine_template)
+    with psycopg.connect(postgres.url(name), autocommit=True, row_factory=dict_row) as sql:
+        for table in ("procrastinate_jobs", "procrastinate_events", "orders", "images", "attempts", "idle_sources"):
+            sql.execute(f"ALTER TABLE jobdaemon.{table} SET (autovacuum_enabled = false)".encode())
+        sql.execute("ALTER TABLE jobdaemon.procrastinate_jobs DISABLE TRIGGER USER")
+        for _ in range(12):
+            sql.execute(f"SELECT jobdaemon.{statement}".encode(), prepare=True)
+        sql.execute(
+            "INSERT INTO jobdaemon.orders (plan, provider, source, priority, images_total, status, finished_at, retired_at,"
+            " pruned_at, expires_at)"
+            " SELECT 'Free', 'local', 'artifact:sources/' || right(digest, 2) || '/' || digest || '.jpg', 1, 2, 'completed',"
+            " now() - interval '10 days', retired, retired, now() - interval '9 days'"
+            " FROM (SELECT lpad(to_hex(n), 64, '0') AS digest, CASE WHEN n % 2 = 0 THEN now() END AS retired"
+            f" FROM generate_series(1, {MANY}) AS n) AS x"
+        )
+        for table, rows in {
+            "images (order_id, index, prompt)": "o.id, n, 'p' FROM jobdaemon.orders o, generate_series(1, 2) n",
+            "idle_sources (source, idle_since)": "source, now() - interval '2 days' FROM jobdaemon.orders WHERE id % 100 < 2",
+            "procrastinate_jobs (queue_name, task_name, status, args)": "'upload', 'jobdaemon.upload', 'succeeded',"
+            " jsonb_build_object('order_id', o.id) FROM jobdaemon.orders o, generate_series(1, 3)",
+            "procrastinate_events (job_id, type, at)": "j.id, 'deferred', now() - interval '10 days'"
+            " FROM jobdaemon.procrastinate_jobs j",
+        }.items():
+            sql.execute(f"INSERT INTO jobdaemon.{table} SELECT {rows}".encode())
+        sql.execute("ALTER TABLE jobdaemon.procrastinate_jobs ENABLE TRIGGER USER")
+        with sql.transaction(force_rollback=True):
+            _, new = _explain(sql, f"SELECT jobdaemon.{statement}")
+        sql.execute("ANALYZE")
+        with sql.transaction(force_rollback=True):
+            _, analysed = _explain(sql, f"SELECT jobdaemon.{statement}")
+    postgres.drop_database(name)
+    assert max(new, analysed) < most, (new, analysed)

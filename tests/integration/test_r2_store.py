@@ -313,6 +313,7 @@ def calls(store: R2Store) -> list[Call]:
         lambda: store.put(KEY, b"photo", "image/jpeg"),
         lambda: store.get(KEY, max_bytes=10),
         lambda: store.delete(KEY),
+        lambda: store.delete_folder("work/1"),
         store.check,
     ]
 

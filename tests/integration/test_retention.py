@@ -1,0 +1,465 @@
+"""Retention: what goes of orders that ended long ago, what stays, and who needs a photo meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from threading import Barrier
+
+import psycopg
+import pytest
+
+from jobdaemon.db import DatabaseAddress
+from jobdaemon.domain.outcome import End, Transition
+from jobdaemon.errors import StoreUnavailableError
+from jobdaemon.events import Event, Events, OrdersRemoved, OrdersRetired, UpkeepFailed
+from jobdaemon.queue.pruner import Pruner
+from jobdaemon.queue.store import PostgresJobStore
+from jobdaemon.storage.files import FilesStore
+from tests.daemons import until
+from tests.factories import Claimed, Jobs, Orders, Row, Sql
+from tests.fakes import FakeArtifacts
+
+MONTH, YEAR, DAY = timedelta(days=30), timedelta(days=365), timedelta(days=1)
+
+
+def source_of(digest: int) -> str:
+    return f"artifact:sources/{digest % 256:02x}/{digest:064x}.jpg"
+
+
+def call(sql: Sql, order_id: int, job_id: int) -> None:
+    """A call that nobody has heard of since it was noted."""
+    sql.execute(
+        "INSERT INTO jobdaemon.provider_calls (order_id, job_id, batch, provider, images, external_task_id)"
+        " VALUES (%s, %s, 1, 'local', '{1}', 'task')",
+        [order_id, job_id],
+    )
+
+
+def end(sql: Sql, order_id: int, days: float, status: str = "completed") -> None:
+    """As if it had ended so many days ago, all its jobs done, and everything else of it had been as long ago."""
+    sql.execute(
+        "UPDATE jobdaemon.procrastinate_jobs SET status = %s::jobdaemon.procrastinate_job_status"
+        " WHERE args ->> 'order_id' = %s::text AND status IN ('todo', 'doing')",
+        ["failed" if status == "failed" else "succeeded", str(order_id)],
+    )
+    sql.execute(
+        "UPDATE jobdaemon.orders SET status = %s, finished_at = now() - make_interval(hours => (24 * %s)::integer) WHERE id = %s",
+        [status, days, order_id],
+    )
+    sql.execute(
+        "UPDATE jobdaemon.procrastinate_events SET at = at - make_interval(hours => (24 * %s)::integer) WHERE job_id IN"
+        " (SELECT id FROM jobdaemon.procrastinate_jobs WHERE args ->> 'order_id' = %s::text)",
+        [days, str(order_id)],
+    )
+
+
+def pruner(
+    store: PostgresJobStore,
+    artifacts: FakeArtifacts | FilesStore,
+    events: Events | None = None,
+    *,
+    photos: timedelta | None = MONTH,
+    orders: timedelta | None = None,
+    wait: timedelta = DAY,
+) -> Pruner:
+    return Pruner(store.retention, artifacts, events or Events(), photos=photos, orders=orders, sources_wait=wait)
+
+
+def count(sql: Sql, table: str) -> int:
+    row = sql.execute(f"SELECT count(*) AS n FROM jobdaemon.{table}".encode()).fetchone()
+    assert row is not None
+    return int(row["n"])
+
+
+def idle(sql: Sql) -> list[str]:
+    return [row["source"] for row in sql.execute("SELECT source FROM jobdaemon.idle_sources ORDER BY source").fetchall()]
+
+
+def hold(sql: Sql, source: str) -> bool:
+    row: Row | None = sql.execute("SELECT jobdaemon.hold_source(%s) AS held", [source]).fetchone()
+    assert row is not None
+    return bool(row["held"])
+
+
+def age_sources(sql: Sql) -> None:
+    sql.execute(
+        "UPDATE jobdaemon.idle_sources"
+        " SET idle_since = idle_since - interval '1 day', deleting_at = deleting_at - interval '1 day'"
+    )
+
+
+# -- orders and their jobs
+
+
+async def test_what_goes_and_what_stays(store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql) -> None:
+    """Of an order that ended a month ago go photos, jobs and errors; it and its images stay. Others lose nothing."""
+    orders = Orders(sql)
+    job = await claimed_job_factory.beautify(plan="Free")
+    old = job.order_id or 0
+    await store.commit([Transition(job, End.RETRY, error_kind="Oops", error="it broke")], daemon_id=None)
+    young, still_open = orders("Free"), orders("Free")
+    end(sql, old, 31)
+    end(sql, young, 29)
+    kept = {
+        f"work/{young}/beautified-1.jpg",
+        f"work/{still_open}/beautified-2.jpg",
+        f"work/{old}1/001.jpg",
+        f"orders/{old}/001.jpg",
+    }
+    artifacts = FakeArtifacts(dict.fromkeys(kept | {f"work/{old}/beautified-0.jpg", f"work/{old}/002-ff.png"}, b"x"))
+    events = Events()
+    seen: list[Event] = []
+    events.subscribe(seen.append)
+    assert count(sql, "attempts") == 1
+
+    await pruner(store, artifacts, events).prune()
+    assert set(artifacts.objects) == kept
+    assert [event for event in seen if isinstance(event, OrdersRetired)] == [OrdersRetired(count=1)]
+    assert orders.jobs(old) == []
+    assert [len(orders.jobs(order_id)) for order_id in (young, still_open)] == [1, 1]
+    assert count(sql, "attempts") == 0
+    jobs = [
+        row["job_id"] for row in sql.execute("SELECT DISTINCT job_id FROM jobdaemon.procrastinate_events ORDER BY 1").fetchall()
+    ]
+    assert jobs == [orders.jobs(young)[0]["id"], orders.jobs(still_open)[0]["id"]]
+    assert orders.row(old)["status"] == "completed"
+    assert len(orders.images(old)) == 2
+    assert orders.row(old)["pruned_at"] is not None
+    assert orders.row(young)["retired_at"] is None
+
+    before = orders.row(old)
+    await pruner(store, artifacts, events).prune()
+    assert orders.row(old) == before
+
+
+async def test_a_retired_order_is_not_opened_again(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """Its dead letters can be redriven until it is retired, and from then on not, before and after its jobs are gone."""
+    order_id = order_factory("Free")
+    end(sql, order_id, 31, "failed")
+    [job] = order_factory.jobs(order_id)
+    assert await store.retention.retire(MONTH, 10) == 1
+    for arguments in ({"order_id": order_id}, {"job_id": job["id"]}):
+        [(name, value)] = arguments.items()
+        with pytest.raises(psycopg.Error, match=f"order {order_id} ended so long ago that its photos are gone") as caught:
+            sql.execute(f"SELECT jobdaemon.redrive({name} => %s)".encode(), [value])
+        assert caught.value.sqlstate == "JD005"
+    await pruner(store, FakeArtifacts()).prune()
+    with pytest.raises(psycopg.Error, match="its photos are gone"):
+        sql.execute("SELECT jobdaemon.redrive(order_id => %s)", [order_id])
+    assert order_factory.row(order_id)["status"] == "failed"
+
+
+async def test_a_redrive_wins_or_comes_too_late(
+    engine_database: str, store: PostgresJobStore, order_factory: Orders, sql: Sql
+) -> None:
+    """An order that somebody redrives at this moment is left to them."""
+    order_id = order_factory("Free")
+    end(sql, order_id, 31, "failed")
+    with psycopg.connect(engine_database) as other:
+        other.execute("SELECT jobdaemon.redrive(order_id => %s)", [order_id])
+        assert await store.retention.retire(MONTH, 10) == 0
+    assert await store.retention.retire(MONTH, 10) == 0
+    assert order_factory.row(order_id)["status"] == "queued"
+
+
+async def test_open_jobs_are_waited_for(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """An ended order that still has something to do, images to remove, is retired when that is done."""
+    order_id = order_factory("Free")
+    sql.execute("SELECT jobdaemon.cancel_order(%s, remove_images => true)", [order_id])
+    sql.execute("UPDATE jobdaemon.orders SET finished_at = now() - interval '31 days'")
+    artifacts = FakeArtifacts({f"work/{order_id}/a.jpg": b"x"})
+    await pruner(store, artifacts).prune()
+    assert len(artifacts.objects) == 1
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded' WHERE status = 'todo'")
+    await pruner(store, artifacts).prune()
+    assert artifacts.objects == {}
+
+
+async def test_calls_of_dead_letters_are_closed(store: PostgresJobStore, claimed_job_factory: Claimed, sql: Sql) -> None:
+    """A call that waited for a redrive ends as unknown, asks no provider anything, and stays in the books."""
+    job = await claimed_job_factory.beautify(plan="Free")
+    order_id = job.order_id or 0
+    call(sql, order_id, job.id)
+    end(sql, order_id, 31, "failed")
+    await pruner(store, FakeArtifacts()).prune()
+    await store.abandon_calls(100)
+    [row] = sql.execute("SELECT outcome, finished_at FROM jobdaemon.provider_calls").fetchall()
+    assert row["outcome"] == "unknown"
+    assert row["finished_at"] is not None
+    assert count(sql, "procrastinate_jobs") == 0
+
+
+async def test_rows_go_when_that_is_wanted(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """After ``retention.orders`` the order, its images and its calls are gone, and its key is free."""
+    events = Events()
+    seen: list[Event] = []
+    events.subscribe(seen.append)
+    first, second = order_factory("Free", key="first"), order_factory("Free", key="second")
+    call(sql, first, order_factory.jobs(first)[0]["id"])
+    end(sql, first, 366)
+    end(sql, second, 364)
+    await pruner(store, FakeArtifacts(), events, orders=YEAR).prune()
+    assert [row["id"] for row in sql.execute("SELECT id FROM jobdaemon.orders").fetchall()] == [second]
+    assert (count(sql, "images"), count(sql, "provider_calls"), count(sql, "procrastinate_jobs")) == (2, 0, 0)
+    assert OrdersRemoved(count=1) in seen
+    assert order_factory("Free", key="second") == second
+    assert order_factory("Free", key="first") > second
+
+
+async def test_nothing_is_retired_without_an_age(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """``photos = ""`` keeps everything."""
+    order_id = order_factory("Free")
+    end(sql, order_id, 3000)
+    artifacts = FakeArtifacts({f"work/{order_id}/a.jpg": b"x"})
+    await pruner(store, artifacts, photos=None).prune()
+    assert len(artifacts.objects) == len(order_factory.jobs(order_id)) == 1
+
+
+async def test_other_jobs_are_left_alone(store: PostgresJobStore, job_factory: Jobs, order_factory: Orders, sql: Sql) -> None:
+    """Other applications' jobs stay; a prewarm goes by its own age, the job of an order that is gone at once."""
+    foreign = job_factory("mail", "app.send", args={"order_id": 1})
+    old, young, waits = (
+        sql.execute("SELECT job_id FROM jobdaemon.prewarm(%s)", [source_of(number)]).fetchone() for number in range(3)
+    )
+    assert old is not None
+    assert young is not None
+    assert waits is not None
+    orphan = order_factory("Free")
+    sql.execute("DELETE FROM jobdaemon.orders WHERE id = %s", [orphan])
+    newest = order_factory("Free")
+    sql.execute(
+        "UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded' WHERE id <> %s AND args ->> 'order_id' IS DISTINCT FROM %s",
+        [waits["job_id"], str(newest)],
+    )
+    sql.execute("UPDATE jobdaemon.procrastinate_events SET at = now() - interval '31 days' WHERE job_id <= %s", [old["job_id"]])
+    sql.execute("UPDATE jobdaemon.procrastinate_events SET at = now() - interval '29 days' WHERE job_id = %s", [young["job_id"]])
+    step = pruner(store, FakeArtifacts())
+    # In pages of one job each, as far as the last one is old; the whole in one page counts as young as its last job.
+    after: int | None = 0
+    while after is not None:
+        after = await store.retention.prune_jobs(after, MONTH, 1)
+    await step.prune()
+    left = {row["id"] for row in sql.execute("SELECT id FROM jobdaemon.procrastinate_jobs").fetchall()}
+    assert left == {foreign, young["job_id"], waits["job_id"], *(job["id"] for job in order_factory.jobs(newest))}
+    assert idle(sql) == [source_of(0)]
+
+
+async def test_many_at_once(engine_database: str, store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """Three daemons clear away 300 orders together: each is counted once, and nothing is left over."""
+    order_ids = [order_factory("Free", source=source_of(number // 3)) for number in range(300)]
+    for order_id in order_ids:
+        end(sql, order_id, 31)
+    artifacts = FakeArtifacts({f"work/{order_id}/a.jpg": b"x" for order_id in order_ids})
+    artifacts.objects |= {source_of(number).removeprefix("artifact:"): b"x" for number in range(100)}
+    events = Events()
+    seen: list[Event] = []
+    events.subscribe(seen.append)
+    stores = [PostgresJobStore(DatabaseAddress(engine_database)) for _ in range(3)]
+    try:
+        while any(order is None for order in [order_factory.row(order_id)["pruned_at"] for order_id in order_ids]):
+            await asyncio.gather(*(pruner(one, artifacts, events).prune() for one in stores))
+    finally:
+        for one in stores:
+            await one.close()
+    assert sum(event.count for event in seen if isinstance(event, OrdersRetired)) == 300
+    assert count(sql, "procrastinate_jobs") == count(sql, "procrastinate_events") == 0
+    assert len(idle(sql)) == 100
+    age_sources(sql)
+    await pruner(store, artifacts).prune()
+    assert artifacts.objects == {}
+    assert idle(sql) == []
+
+
+# -- source photos
+
+
+async def test_a_source_goes_with_the_last_that_needs_it(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """A photo that two orders share stays until both are retired, and then for a day; a prewarm that waits needs it too."""
+    source = source_of(7)
+    first, second = order_factory("Free", source=source), order_factory("Free", source=source)
+    artifacts = FakeArtifacts({source.removeprefix("artifact:"): b"x"})
+    end(sql, first, 31)
+    await pruner(store, artifacts).prune()
+    assert idle(sql) == []
+    prewarm = sql.execute("SELECT job_id FROM jobdaemon.prewarm(%s)", [source]).fetchone()
+    assert prewarm is not None
+    end(sql, second, 31)
+    await pruner(store, artifacts).prune()
+    assert idle(sql) == []
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded'")
+    sql.execute("UPDATE jobdaemon.procrastinate_events SET at = now() - interval '31 days'")
+    await pruner(store, artifacts).prune()
+    assert idle(sql) == [source]
+    await pruner(store, artifacts).prune()
+    assert len(artifacts.objects) == 1
+    age_sources(sql)
+    await pruner(store, artifacts).prune()
+    assert artifacts.objects == {}
+    assert idle(sql) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["https://p.example/a.jpg", "artifact:sources/mine.jpg", "artifact:uploads/a.jpg", "artifact:" + "sources/x" * 400]
+)
+async def test_other_peoples_photos_stay(source: str, store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """What somebody put into the store under a name of his own is his."""
+    order_id = order_factory("Free", source=source)
+    end(sql, order_id, 31)
+    artifacts = FakeArtifacts({source.removeprefix("artifact:"): b"x"})
+    await pruner(store, artifacts, wait=timedelta(0)).prune()
+    await pruner(store, artifacts, wait=timedelta(0)).prune()
+    assert len(artifacts.objects) == 1
+    assert order_factory.row(order_id)["pruned_at"] is not None
+
+
+async def test_an_order_takes_an_idle_source_back(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """A new order for a photo that was about to go keeps it; so does holding it, for a day."""
+    source = source_of(7)
+    artifacts = FakeArtifacts({source.removeprefix("artifact:"): b"x"})
+    end(sql, order_factory("Free", source=source), 31)
+    await pruner(store, artifacts).prune()
+    age_sources(sql)
+    assert hold(sql, source)
+    await pruner(store, artifacts).prune()
+    assert idle(sql) == [source]
+    age_sources(sql)
+    order_factory("Free", source=source)
+    assert idle(sql) == []
+    await pruner(store, artifacts).prune()
+    assert len(artifacts.objects) == 1
+
+
+async def test_a_photo_that_was_never_ordered_goes(store: PostgresJobStore, sql: Sql) -> None:
+    """Stored, and then the queue was full: a day later it is gone."""
+    source = source_of(7)
+    artifacts = FakeArtifacts({source.removeprefix("artifact:"): b"x"})
+    assert hold(sql, source)
+    await pruner(store, artifacts).prune()
+    assert len(artifacts.objects) == 1
+    age_sources(sql)
+    await pruner(store, artifacts).prune()
+    assert artifacts.objects == {}
+
+
+async def test_an_order_that_is_being_made_keeps_its_source(
+    engine_database: str, store: PostgresJobStore, order_factory: Orders, sql: Sql
+) -> None:
+    """A caller's open transaction with an order for an idle photo holds it, committed or not; rolled back, the photo goes."""
+    source = source_of(7)
+    artifacts = FakeArtifacts({source.removeprefix("artifact:"): b"x"})
+    end(sql, order_factory("Free", source=source), 31)
+    await pruner(store, artifacts).prune()
+    age_sources(sql)
+    enqueue = "SELECT jobdaemon.enqueue_order('Free', %s)"
+    with psycopg.connect(engine_database) as caller:
+        caller.execute(enqueue, [source])
+        await pruner(store, artifacts).prune()
+        assert len(artifacts.objects) == 1
+        caller.rollback()
+        assert await store.retention.sources_to_delete(DAY, 10) == [source]
+        # Too late for a caller; whoever has the photo asks first, and waits.
+        assert not hold(sql, source)
+        caller.execute(enqueue, [source])
+        caller.rollback()
+    await store.retention.sources_deleted([source])
+    assert idle(sql) == []
+    assert hold(sql, source)
+
+
+async def test_an_order_made_while_its_source_was_found_idle(
+    engine_database: str, store: PostgresJobStore, order_factory: Orders, sql: Sql
+) -> None:
+    """An order whose transaction began before its photo was found idle, and ended afterwards, keeps the photo."""
+    source = source_of(7)
+    end(sql, order_factory("Free", source=source), 31)
+    with psycopg.connect(engine_database) as caller:
+        caller.execute("SELECT jobdaemon.enqueue_order('Free', %s)", [source])
+        assert await store.retention.retire(MONTH, 10) == 1
+        assert idle(sql) == [source]
+    age_sources(sql)
+    assert await store.retention.sources_to_delete(DAY, 10) == []
+    assert idle(sql) == []
+
+
+# -- when things break
+
+
+class _BrokenStore(FakeArtifacts):
+    async def delete(self, key: str) -> None:
+        raise StoreUnavailableError("the store is away")
+
+
+async def test_a_store_that_is_away_costs_nothing(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """What could not be deleted is deleted when the store is back; all else goes on meanwhile, and the log says why."""
+    source = source_of(7)
+    order_id = order_factory("Free", source=source)
+    end(sql, order_id, 31)
+    objects = {source.removeprefix("artifact:"): b"x", f"work/{order_id}/a.jpg": b"x"}
+    broken = _BrokenStore(objects)
+    events = Events()
+    seen: list[Event] = []
+    events.subscribe(seen.append)
+    running = asyncio.create_task(pruner(store, broken, events, wait=timedelta(0)).run())
+    await until(lambda: sum(isinstance(event, UpkeepFailed) for event in seen) >= 2)
+    running.cancel()
+    await asyncio.wait([running])
+    assert {event.chore for event in seen if isinstance(event, UpkeepFailed)} == {"retention"}
+    assert order_factory.jobs(order_id) == []
+    assert order_factory.row(order_id)["pruned_at"] is None
+    assert hold(sql, source)
+    mended = FakeArtifacts(objects)
+    await pruner(store, mended, wait=timedelta(0)).prune()
+    assert mended.objects == {}
+    assert order_factory.row(order_id)["pruned_at"] is not None
+
+
+async def test_a_deletion_that_broke_off_is_done_again(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
+    """A daemon that died over it leaves the source to the next one, ten minutes later; an order that came meanwhile keeps it."""
+    first, second = source_of(1), source_of(2)
+    for source in (first, second):
+        hold(sql, source)
+    age_sources(sql)
+    assert sorted(await store.retention.sources_to_delete(DAY, 10)) == [first, second]
+    assert await store.retention.sources_to_delete(DAY, 10) == []
+    order_factory("Free", source=second)
+    sql.execute("UPDATE jobdaemon.idle_sources SET deleting_at = now() - interval '11 minutes'")
+    assert await store.retention.sources_to_delete(DAY, 10) == [first]
+    assert idle(sql) == [first]
+
+
+async def test_a_folder_goes_with_what_is_half_written(
+    tmp_path: Path, store: PostgresJobStore, order_factory: Orders, sql: Sql
+) -> None:
+    """On a real folder: everything below ``work/<order>``, and the folder; nothing beside it."""
+    artifacts = FilesStore(tmp_path)
+    order_id, other = order_factory("Free"), order_factory("Free")
+    end(sql, order_id, 31)
+    await artifacts.put(f"work/{order_id}/a.jpg", b"x", "image/jpeg")
+    await artifacts.put(f"work/{other}/a.jpg", b"x", "image/jpeg")
+    (tmp_path / "work" / str(order_id) / "~jobdaemon-0123").write_bytes(b"half")
+    await pruner(store, artifacts).prune()
+    await artifacts.close()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [str(other)]
+
+
+def test_who_holds_and_orders_at_once_waits_for_nobody_long(engine_database: str, sql: Sql) -> None:
+    """Twenty callers hold and order the same photo at one moment, while upkeep looks: no deadlock, and nothing left idle."""
+    source = source_of(7)
+    begin = Barrier(20)
+
+    def caller(number: int) -> None:
+        with psycopg.connect(engine_database, autocommit=True, options="-c lock_timeout=30s") as connection:
+            begin.wait()
+            if number % 4 == 0:
+                connection.execute("SELECT jobdaemon.sources_to_delete(86400, 10)")
+            connection.execute("SELECT jobdaemon.hold_source(%s)", [source])
+            connection.execute("SELECT jobdaemon.enqueue_order('Free', %s)", [source])
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(caller, range(20)))
+    age_sources(sql)
+    assert sql.execute("SELECT jobdaemon.sources_to_delete(86400, 10)").fetchall() == []
+    assert idle(sql) == []
