@@ -226,14 +226,14 @@ def test_a_batch_is_loaded_from_a_large_order_in_one_go(postgres: Any, engine_te
 @pytest.mark.parametrize(
     ("statement", "most"),
     [
-        # 50 orders, their calls and attempts
-        ("retire_orders(86400, 50)", 5000),
-        # 500 jobs and their events
-        ("prune_jobs(0, 86400, 500)", 14000),
-        # 100 are looked at, 50 needed and 10 given out
-        ("sources_to_delete(86400, 10)", 5000),
-        # 50 orders with two images each
-        ("remove_orders(86400, 50)", 2500),
+        # orders with their calls and attempts
+        ("retire_orders(86400, 10)", 1600),
+        # jobs and their events
+        ("prune_jobs(0, 86400, 50)", 3000),
+        # 20 are looked at, of which half are needed
+        ("sources_to_delete(86400, 2)", 1600),
+        # orders with two images each
+        ("remove_orders(86400, 10)", 1000),
     ],
 )
 def test_retention_costs_by_what_it_does(postgres: Any, engine_template: str, statement: str, most: int) -> None:
