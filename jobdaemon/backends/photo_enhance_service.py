@@ -146,15 +146,26 @@ class EnhanceService:
             raise _status_error(answer)
         return _state(_object(answer))
 
-    async def fetch(self, task_id: str, *, within: timedelta) -> bytes:
+    async def fetch(self, task_id: str, *, within: timedelta) -> bytes | None:
         """
-        The result of a task that is done, as it was sent: who knows what it is.
+        The result of a task that is done, as it was sent: who knows what it is. None when the service was silent for all of
+        *within*: it has begun to work on another photo.
 
         Raises:
             TaskGoneError: there is none any more.
             RateLimitedError, ProviderUnavailableError: Retryable; also when it is too large.
         """
-        answer = await self._call("GET", f"/api/v1/download/{task_id}", within, max_bytes=self._max_result_bytes)
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + 0.9 * within.total_seconds()
+        try:
+            answer = await self._call("GET", f"/api/v1/download/{task_id}", within, max_bytes=self._max_result_bytes)
+        except ProviderUnavailableError:
+            # What broke off before that may be too large, and would be so again.
+            if loop.time() >= ends_at:
+                return None
+            raise
+        if answer.status in _GAVE_UP_WAITING:
+            return None
         if answer.status == 404:
             raise TaskGoneError
         if answer.status != 200:

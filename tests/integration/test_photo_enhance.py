@@ -34,6 +34,7 @@ from jobdaemon.errors import (
     UnsupportedImageError,
 )
 from jobdaemon.http import GuardedClient
+from jobdaemon.photo import MIN_SIDE_PX
 from jobdaemon.sandbox.photo_enhance_service import enhanced
 
 ASTRONAUT = Path(__file__).parents[1] / "data" / "astronaut.png"
@@ -123,8 +124,8 @@ async def open_backend(service: Service) -> AsyncIterator[Open]:
             "max_pixels": 6_000_000,
             "max_result_bytes": 20_000_000,
         }
-        client = GuardedClient(allowed_hosts=[(url or service.url).removeprefix("http://")])
-        opened.append(PhotoEnhanceBackend(url or service.url, client, **(values | changes)))
+        values["client"] = GuardedClient(allowed_hosts=[(url or service.url).removeprefix("http://")])
+        opened.append(PhotoEnhanceBackend(url or service.url, **(values | changes)))
         return opened[-1]
 
     yield make
@@ -234,6 +235,16 @@ async def test_a_large_photo_is_sent_smaller_and_comes_back_in_its_size(open_bac
         assert 90_000 < sent.width * sent.height <= 100_000
 
 
+async def test_a_panorama_is_no_bad_photo(open_backend: Open, service: Service) -> None:
+    """Made smaller, it has a side shorter than any photo that is let in; it is sent, and the result used, all the same."""
+    wide = Image.new("RGB", (8000, 400))
+    wide.paste(portrait(), (3000, 40))
+    result = await open_backend(max_pixels=65_536).beautify(encoded(wide), strength=0.7)
+    assert (result.width, result.height, result.faces + result.unrestored) == (8000, 400, 1)
+    with Image.open(io.BytesIO(service.uploads[0][2])) as sent:
+        assert sent.height < MIN_SIDE_PX
+
+
 async def test_nothing_is_sent_that_needs_no_retouching(backend: PhotoEnhanceBackend, service: Service) -> None:
     """Neither a picture without a face, nor anything at strength 0, nor what is no photo."""
     await backend.beautify(encoded(Image.new("RGB", (300, 200), (90, 120, 90))), strength=1.0)
@@ -281,6 +292,32 @@ async def test_a_silent_service_is_at_work(
     service.answers[STATUS] = [*[says_nothing] * 6, *[sends(b"", status=504)] * 6, service.work]
     assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
     assert len(service.uploads) == 1
+
+
+async def test_a_result_outlasts_what_the_service_does_for_others(
+    backend: PhotoEnhanceBackend, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Done, and then silent: it works on somebody else's photo. The result is waited for like the task, and is not made again."""
+    monkeypatch.setattr(photo_enhance, "_PATIENCE", timedelta(milliseconds=200))
+    service.answers[DOWNLOAD] = [*[says_nothing] * 3, *[sends(b"", status=504)] * 4, service.work]
+    assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
+    assert len(service.uploads) == 1
+
+
+async def test_a_result_outlasts_a_limit(backend: PhotoEnhanceBackend, service: Service) -> None:
+    """The question before the download was one too many for a proxy: the result is asked for later, and is not made again."""
+    service.answers[DOWNLOAD] = [*[says(429, {"Retry-After": "0"})] * 4, says(503, {"Retry-After": "0"}), service.work]
+    assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
+    assert len(service.uploads) == 1
+
+
+async def test_tasks_that_cannot_be_deleted_stand_in_nobody_s_way(open_backend: Open, service: Service) -> None:
+    """A service, or a proxy, that never answers a deletion gets only so many: they share the connections with the next photos."""
+    service.answers["/api/v1/tasks/"] = [says_nothing]
+    backend = open_backend(client=GuardedClient(allowed_hosts=[service.url.removeprefix("http://")], max_connections=30))
+    for _ in range(40):
+        assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
+    assert service.count("DELETE") < 30
 
 
 async def test_words_nobody_knows_go_on_until_the_deadline(open_backend: Open, service: Service) -> None:
