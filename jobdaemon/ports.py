@@ -573,14 +573,14 @@ class PrewarmedPhotos(Protocol):
     *photo* is the digest of the source photo's bytes, *backend* a :func:`jobdaemon.domain.prewarm.backend_key`.
     """
 
-    async def take(self, photo: str, backend: str) -> Prewarmed | None:
-        """What an order is about to copy; None when there is nothing."""
+    async def find(self, photo: str, backend: str) -> Prewarmed | None:
+        """What was made; None when nothing was."""
         ...
 
-    async def has(self, photo: str, backend: str) -> bool:
-        """Whether there is anything."""
+    async def used(self, entry_id: int) -> None:
+        """An order has copied it."""
         ...
 
     async def forget(self, entry_id: int) -> None:
-        """What was taken is missing or damaged."""
+        """What was found is missing or damaged."""
         ...

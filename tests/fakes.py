@@ -118,11 +118,13 @@ class FakeBackend:
     """BeautifyBackend that turns bytes around."""
 
     calls: list[tuple[bytes, float]] = field(default_factory=list)
+    faces: int = 1
+    unrestored: int = 0
     name: str = "fake"
 
     async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
         self.calls.append((photo, strength))
-        return BeautifiedPhoto(photo[::-1], JPEG, 20, 30, 1, 0, "fake 1", "cpu")
+        return BeautifiedPhoto(photo[::-1], JPEG, 20, 30, self.faces, self.unrestored, "fake 1", "cpu")
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -134,12 +136,13 @@ class FakePrewarmed:
 
     photos: dict[tuple[str, str], Prewarmed] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
+    uses: list[int] = field(default_factory=list)
 
-    async def take(self, photo: str, backend: str) -> Prewarmed | None:
+    async def find(self, photo: str, backend: str) -> Prewarmed | None:
         return self.photos.get((photo, backend))
 
-    async def has(self, photo: str, backend: str) -> bool:
-        return (photo, backend) in self.photos
+    async def used(self, entry_id: int) -> None:
+        self.uses.append(entry_id)
 
     async def forget(self, entry_id: int) -> None:
         self.forgotten.append(entry_id)

@@ -169,6 +169,32 @@ async def test_an_order_finds_its_photo_retouched(studio: Studio) -> None:
 
 
 @pytest.mark.newest_postgres
+async def test_a_copy_that_cannot_be_read_fails_no_order(studio: Studio) -> None:
+    """Where the prewarmed file is nobody's to read (a link here, since tests may be root), the photo is made anew."""
+    async with studio.at_work():
+        await studio.ended(studio.prewarm())
+        [kept] = studio.copies()
+        kept.rename(kept.with_name("elsewhere.jpg"))
+        kept.symlink_to("elsewhere.jpg")
+        order = studio.orders("Free", studio.source)
+        await until(lambda: studio.orders.row(order)["beautified"] is not None or studio.orders.row(order)["error"] is not None)
+        assert studio.orders.row(order)["error"] is None
+        assert (studio.calls, studio.stats()) == (2, (1, 0))
+
+
+@pytest.mark.newest_postgres
+async def test_a_prewarm_makes_what_is_gone(studio: Studio) -> None:
+    """Asked for again after its file was deleted, a photo is prewarmed again, and an order finds it."""
+    async with studio.at_work():
+        await studio.ended(studio.prewarm())
+        [kept] = studio.copies()
+        kept.unlink()
+        await studio.ended(studio.prewarm())
+        await studio.beautified(studio.orders("Free", studio.source))
+        assert (studio.calls, studio.stats()) == (2, (1, 1))
+
+
+@pytest.mark.newest_postgres
 async def test_other_settings_find_nothing(studio: Studio) -> None:
     """A daemon with another strength retouches the photo itself; one with other threads does not have to."""
     async with studio.at_work():
