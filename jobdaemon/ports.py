@@ -46,9 +46,17 @@ class BeautifiedPhoto:
 
 
 class BeautifyBackend(Protocol):
-    """Retouches portraits. Never blocks the event loop."""
+    """
+    Retouches portraits. Never blocks the event loop.
+
+    Attributes:
+        model: name and version of what does it, weights included, as its photos say.
+    """
 
     name: str
+
+    @property
+    def model(self) -> str: ...
 
     async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
         """

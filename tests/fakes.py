@@ -121,6 +121,7 @@ class FakeBackend:
     faces: int = 1
     unrestored: int = 0
     name: str = "fake"
+    model: str = "fake 1"
 
     async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
         self.calls.append((photo, strength))

@@ -97,6 +97,7 @@ class PhotoEnhanceBackend:
     """Has photos retouched elsewhere; see :class:`jobdaemon.ports.BeautifyBackend`."""
 
     name = NAME
+    model = MODEL
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from psycopg.rows import dict_row
 
 from jobdaemon import app
 from jobdaemon.app import Daemon
+from jobdaemon.backends.opencv import OpenCVBackend
 from jobdaemon.domain.artifact import source_key
 from jobdaemon.domain.job import PREWARM_PRIORITY, Task
 from jobdaemon.ports import Attempt, BeautifiedPhoto, BeautifyBackend
@@ -36,6 +37,7 @@ class CountingBackend:
 
     def __init__(self, backend: BeautifyBackend) -> None:
         self.name = backend.name
+        self.model = backend.model
         self.backend = backend
         self.calls: list[float] = []
 
@@ -205,6 +207,17 @@ async def test_other_settings_find_nothing(studio: Studio) -> None:
     async with studio.at_work(BEAUTIFY__THREADS="2"):
         await studio.beautified(studio.orders("Free", studio.source))
         assert studio.backends[-1].calls == []
+
+
+@pytest.mark.newest_postgres
+async def test_other_weights_under_the_same_name_find_nothing(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings name a file, and on another machine it may be another one: an order's photo is made by what its daemon has."""
+    async with studio.at_work():
+        await studio.ended(studio.prewarm())
+    monkeypatch.setattr(OpenCVBackend, "model", "opencv-2")
+    async with studio.at_work():
+        await studio.beautified(studio.orders("Free", studio.source))
+        assert studio.backends[-1].calls == [0.7]
 
 
 @pytest.mark.newest_postgres
