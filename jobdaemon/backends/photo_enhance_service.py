@@ -33,6 +33,7 @@ from jobdaemon.errors import (
     UnreachableError,
 )
 from jobdaemon.http import Answer, GuardedClient, shown_url
+from jobdaemon.redact import redact
 
 NAME = "photo_enhance"
 #: What the service takes: api/main.py, MAX_FILE_SIZE.
@@ -256,7 +257,7 @@ def _detail(answer: Answer) -> str:
 
 
 def _quoted(text: str) -> str:
-    words = " ".join(text.split()).rstrip(".")
+    words = redact(" ".join(text.split())).rstrip(".")
     return words if len(words) <= _QUOTED_CHARACTERS else words[: _QUOTED_CHARACTERS - 1] + "…"
 
 

@@ -411,6 +411,16 @@ async def test_answers_to_an_upload(
     assert len(service.asked) == 1
 
 
+@pytest.mark.parametrize("place", ["/api/v1/enhance", STATUS])
+async def test_what_a_service_tells_is_quoted_without_secrets(backend: PhotoEnhanceBackend, service: Service, place: str) -> None:
+    """Its words become the order's error, which many may read; a signed address or a key in them is not for these."""
+    words = "no upload to https://bucket.example/p.jpg?X-Amz-Signature=abcd with api_key=efgh; password: ijkl"
+    service.answers[place] = [says(500, detail=words) if place != STATUS else says(status="failed", error=words)]
+    with pytest.raises(ProviderUnavailableError, match="no upload to") as told:
+        await backend.beautify(PHOTO, strength=0.7)
+    assert not any(secret in str(told.value) for secret in ("abcd", "efgh", "ijkl"))
+
+
 async def test_nobody_there(open_backend: Open) -> None:
     """A service that cannot be reached is an outage, and nothing of the photo's."""
     with socket.socket() as taken:
