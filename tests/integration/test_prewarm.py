@@ -23,6 +23,7 @@ from jobdaemon.app import Daemon
 from jobdaemon.backends.opencv import OpenCVBackend
 from jobdaemon.domain.artifact import source_key
 from jobdaemon.domain.job import PREWARM_PRIORITY, Task
+from jobdaemon.events import JobFinished
 from jobdaemon.ports import Attempt, BeautifiedPhoto, BeautifyBackend
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import NO_POLL, Stages, running_daemon, until
@@ -355,14 +356,14 @@ async def test_an_order_waits_for_no_prewarm_of_its_photo(engine_database: str, 
 
 
 async def test_a_cancelled_prewarm_stops(engine_database: str, sql: Sql) -> None:
-    """The daemon that runs it hears of it without a poll, and the slot is free."""
+    """The daemon that runs it hears of it without a poll, and the slot is free; the log says what happened."""
     begun = asyncio.Event()
 
     async def gate(attempt: Attempt) -> None:
         begun.set()
         await asyncio.Event().wait()
 
-    async with running_daemon(engine_database, Stages(gate), engine=NO_POLL, team_size=1):
+    async with running_daemon(engine_database, Stages(gate), engine=NO_POLL, team_size=1) as member:
         row = (await asyncio.to_thread(sql.execute, "SELECT job_id FROM jobdaemon.prewarm('artifact:sources/a.jpg')")).fetchone()
         assert row is not None
         await asyncio.wait_for(begun.wait(), 20)
@@ -370,6 +371,8 @@ async def test_a_cancelled_prewarm_stops(engine_database: str, sql: Sql) -> None
         await asyncio.to_thread(sql.execute, "SELECT jobdaemon.cancel_prewarm(%s)", [row["job_id"]])
         await until(lambda: sql.execute("SELECT running FROM jobdaemon.prewarm_stats").fetchone() == {"running": 0})
         assert time.monotonic() - started < 20  # the poll is a minute away
+        await until(lambda: any(isinstance(event, JobFinished) for event in member.seen))
+        assert [event.error for event in member.seen if isinstance(event, JobFinished)] == ["it was cancelled"]
     job = sql.execute("SELECT status FROM jobdaemon.procrastinate_jobs").fetchone()
     assert job == {"status": "aborted"}
 
