@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from aiohttp.multipart import BodyPartReader
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageFilter
 
 from jobdaemon.backends import photo_enhance
 from jobdaemon.backends.faces import FaceDetector
@@ -534,6 +534,50 @@ async def test_what_is_no_result(backend: PhotoEnhanceBackend, service: Service,
     assert service.count(f"GET {DOWNLOAD}") == 2
     async with asyncio.timeout(5):
         await service.deleted.wait()
+
+
+def studio(person: Image.Image) -> Image.Image:
+    """As a photographer takes all customers: a head at the same place before the same wall."""
+    picture = Image.new("RGB", (320, 400), (240, 240, 240))
+    mask = Image.new("L", person.size)
+    ImageDraw.Draw(mask).ellipse((90, 20, 230, 240), fill=255)
+    picture.paste(person, (0, 60), mask.filter(ImageFilter.GaussianBlur(4)))
+    return picture
+
+
+async def test_another_customer_s_portrait_is_no_result(backend: PhotoEnhanceBackend, service: Service) -> None:
+    """
+    A service that counts its tasks begins anew when it is restarted, and a proxy may keep what was fetched: a portrait so like
+    this one that colours and brightness hardly differ, of somebody else, is not laid over it.
+    """
+    somebody_else = studio(portrait().transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    nobody = Image.new("RGB", (320, 400), (225, 220, 215))
+    for result in (somebody_else, nobody):
+        service.answers[DOWNLOAD] = [sends(restored(encoded(result, quality=95)))]
+        with pytest.raises(ProviderUnavailableError, match="not of the photo"):
+            await backend.beautify(encoded(studio(portrait()), quality=95), strength=0.7)
+
+
+@pytest.mark.parametrize(
+    "filtered",
+    [
+        lambda image: image.filter(ImageFilter.MedianFilter(9)),
+        lambda image: image.filter(ImageFilter.GaussianBlur(4)),
+        lambda image: image.filter(ImageFilter.UnsharpMask(4, 200)),
+        lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+        lambda image: ImageEnhance.Contrast(image).enhance(1.5),
+        lambda image: image.convert("L").convert("RGB"),
+    ],
+    ids=["median", "blurred", "sharpened", "brighter", "contrast", "grey"],
+)
+@pytest.mark.parametrize("photo", [portrait(), studio(portrait()), ImageEnhance.Brightness(portrait()).enhance(0.25)])
+async def test_however_a_photo_is_retouched_it_is_the_photo(
+    backend: PhotoEnhanceBackend, service: Service, filtered: Callable[[Image.Image], Image.Image], photo: Image.Image
+) -> None:
+    """Nothing that is done to it in place makes it another one."""
+    service.answers[DOWNLOAD] = [sends(encoded(filtered(photo).resize((1280, 4 * photo.height)), quality=90))]
+    result = await backend.beautify(encoded(photo, quality=95), strength=0.7)
+    assert (result.width, result.height) == photo.size
 
 
 async def test_a_result_that_did_not_come_whole_is_fetched_again(backend: PhotoEnhanceBackend, service: Service) -> None:
