@@ -15,7 +15,7 @@ from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import Done
-from jobdaemon.domain.write import Write
+from jobdaemon.domain.write import PhotoPrewarmed, Write
 from jobdaemon.spool import Spool
 
 
@@ -583,6 +583,10 @@ class PrewarmedPhotos(Protocol):
 
     async def find(self, photo: str, backend: str) -> Prewarmed | None:
         """What was made; None when nothing was."""
+        ...
+
+    async def announce(self, photo: PhotoPrewarmed) -> None:
+        """Its artifact is about to be stored: unless that is noted for good within the hour, it is to be deleted."""
         ...
 
     async def used(self, entry_id: int) -> None:

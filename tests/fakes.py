@@ -11,7 +11,7 @@ from datetime import timedelta
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
-from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
+from jobdaemon.domain.write import ImageFailed, ImageGenerated, PhotoPrewarmed, Write
 from jobdaemon.errors import ArtifactMissingError, LeaseLostError, UnsupportedImageError
 from jobdaemon.ports import (
     Batch,
@@ -138,6 +138,10 @@ class FakePrewarmed:
     photos: dict[tuple[str, str], Prewarmed] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
     uses: list[int] = field(default_factory=list)
+    announced: list[PhotoPrewarmed] = field(default_factory=list)
+
+    async def announce(self, photo: PhotoPrewarmed) -> None:
+        self.announced.append(photo)
 
     async def find(self, photo: str, backend: str) -> Prewarmed | None:
         return self.photos.get((photo, backend))

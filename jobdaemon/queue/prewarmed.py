@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import timedelta
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.write import PhotoPrewarmed
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError
 from jobdaemon.events import Events, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, Prewarmed
@@ -48,6 +51,11 @@ class PrewarmedRows:
             model=record["model"],
             device=record["device"],
         )
+
+    async def announce(self, photo: PhotoPrewarmed) -> None:
+        """See the port."""
+        async with self._asks.use() as connection:
+            await connection.execute(_PREWARMED["announce"], json.dumps(asdict(photo)))
 
     async def used(self, entry_id: int) -> None:
         """See the port."""

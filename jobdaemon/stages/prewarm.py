@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 
-from jobdaemon.domain.artifact import prewarmed_key
+from jobdaemon.domain.artifact import Artifact, prewarmed_key
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import PhotoPrewarmed
 from jobdaemon.errors import (
@@ -81,7 +81,7 @@ class Prewarming:
         await self._rows.forget(found.id)
         return None
 
-    async def prewarm(self, photo: bytes, job_id: int) -> PhotoPrewarmed | None:
+    async def prewarm(self, photo: bytes, job_id: int, token: int) -> PhotoPrewarmed | None:
         """
         Beautify *photo* for whoever may order it; None where that was done before.
 
@@ -100,11 +100,11 @@ class Prewarming:
             raise NothingRetouchedError(
                 f"{self._backend.name} left the {faces} of the photo as before: there is nothing to keep."
             )
-        artifact = await self._store.put(prewarmed_key(digest, job_id), made.content, made.media_type)
-        return PhotoPrewarmed(
+        key = prewarmed_key(digest, job_id, token)
+        prewarmed = PhotoPrewarmed(
             digest,
             self._backend_key,
-            artifact,
+            Artifact(key, await _digest(made.content), len(made.content), made.media_type),
             width=made.width,
             height=made.height,
             faces=made.faces,
@@ -112,6 +112,10 @@ class Prewarming:
             model=made.model,
             device=made.device,
         )
+        # Whoever stops or kills this attempt from here on leaves a portrait in the store, and a row that has it deleted.
+        await self._rows.announce(prewarmed)
+        await self._store.put(key, made.content, made.media_type)
+        return prewarmed
 
 
 class PrewarmStage:
@@ -135,7 +139,8 @@ class PrewarmStage:
         if not isinstance(source, str):
             raise InvalidOrderError("this prewarm names no photo")
         photo = await source_photo(source, self._store, self._fetch, max_bytes=self._max_photo_bytes)
-        made = await self._prewarming.prewarm(photo, attempt.job.id)
+        assert attempt.job.token is not None  # it runs
+        made = await self._prewarming.prewarm(photo, attempt.job.id, attempt.job.token)
         return Done() if made is None else Done(writes=(made,))
 
 

@@ -217,6 +217,27 @@ async def test_what_cannot_be_deleted_stands_in_nobody_s_way(store: PostgresJobS
     assert sql.execute("SELECT count(*) FROM jobdaemon.prewarmed").fetchone() == {"count": 250}
 
 
+async def test_no_artifact_is_without_a_row(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
+    """What was announced and never kept is deleted after an hour; what was kept stays, and nothing tells of it twice."""
+    prewarm(sql)
+    [claimed] = await store.claim("beautify", daemon_id, 1)
+    lost, kept = prewarmed(1), prewarmed(2)
+    for photo in (lost, kept):
+        await store.prewarmed.announce(photo)
+    assert await store.prewarmed.find(kept.photo, BACKEND) is None
+    artifacts = FakeArtifacts({photo.artifact.key: b"x" for photo in (lost, kept)})
+    keeper = PrewarmedKeeper(store.prewarmed, artifacts, Events(), ttl=HOUR, max_bytes=100)
+    await keeper.trim()
+    assert len(artifacts.objects) == 2  # they may be on their way
+    await store.commit([Transition(claimed, End.SUCCEEDED, writes=(kept,))], daemon_id=daemon_id)
+    sql.execute("UPDATE jobdaemon.prewarmed SET dropped_at = dropped_at - interval '1 hour'")
+    await keeper.trim()
+    assert list(artifacts.objects) == [kept.artifact.key]
+    assert sql.execute("SELECT artifact, dropped_at FROM jobdaemon.prewarmed").fetchall() == [
+        {"artifact": kept.artifact.key, "dropped_at": None}
+    ]
+
+
 async def test_what_is_old_or_too_much_goes(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
     """Upkeep gives up what is older than the ttl, then the oldest until the rest fits, and deletes row and artifact."""
     for n in range(5):

@@ -179,6 +179,7 @@ async def test_daemon_keeps_prewarmed_photos(login: Callable[[str], str], sql: S
         daemon_id = await store.register(host="h", pid=1, version="0", queues={"beautify": 1})
         [job] = await store.claim("beautify", daemon_id, 1)
         made = prewarmed(1)
+        await store.prewarmed.announce(made)
         await store.commit([Transition(job, End.SUCCEEDED, writes=(made,))], daemon_id=daemon_id)
         found = await store.prewarmed.find(made.photo, made.backend)
         assert found is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import replace
 
@@ -55,14 +56,30 @@ def _stage(rows: FakePrewarmed, store: FakeArtifacts, backend: FakeBackend) -> P
 @pytest.mark.parametrize("source", ["artifact:sources/a.jpg", "https://a.example/x.jpg"])
 async def test_a_photo_is_beautified_and_noted(source: str) -> None:
     """What the backend makes lies in the store under the prewarm's own key, and is noted for that photo and that backend."""
-    store, backend = FakeArtifacts({"sources/a.jpg": b"photo"}), FakeBackend()
-    done = await _stage(FakePrewarmed(), store, backend).run(FakeAttempt(replace(JOB, args={"source": source}), FakeOrders()))
+    rows, store, backend = FakePrewarmed(), FakeArtifacts({"sources/a.jpg": b"photo"}), FakeBackend()
+    done = await _stage(rows, store, backend).run(FakeAttempt(replace(JOB, args={"source": source}), FakeOrders()))
     [write] = done.writes
     assert isinstance(write, PhotoPrewarmed)
-    assert (write.photo, write.backend, write.artifact.key) == (PHOTO, BACKEND, prewarmed_key(PHOTO, 9))
+    assert (write.photo, write.backend, write.artifact.key) == (PHOTO, BACKEND, prewarmed_key(PHOTO, 9, 1))
+    assert (write.artifact.sha256, write.artifact.size_bytes) == (hashlib.sha256(b"otohp").hexdigest(), 5)
+    assert rows.announced == [write]
     assert is_valid_key(write.artifact.key)
     assert store.objects[write.artifact.key] == b"otohp"
     assert backend.calls == [(b"photo", 0.7)]
+
+
+async def test_a_photo_is_announced_before_it_is_stored() -> None:
+    """Who is cancelled while it is stored leaves a portrait behind, and a row that tells of it."""
+
+    class Late(FakeArtifacts):
+        async def put(self, key: str, content: bytes, media_type: str) -> Artifact:
+            await super().put(key, content, media_type)
+            raise asyncio.CancelledError
+
+    rows, store = FakePrewarmed(), Late({"sources/a.jpg": b"photo"})
+    with pytest.raises(asyncio.CancelledError):
+        await _stage(rows, store, FakeBackend()).run(FakeAttempt(JOB, FakeOrders()))
+    assert {"sources/a.jpg", *(photo.artifact.key for photo in rows.announced)} == store.objects.keys()
 
 
 async def test_what_was_made_is_not_made_again() -> None:
@@ -95,7 +112,7 @@ async def test_a_photo_that_was_not_retouched_is_not_kept() -> None:
         Prewarming(FakePrewarmed(), store, backend, strength=0.0, backend_key=BACKEND),
         _prewarming(FakePrewarmed(), store, FakeBackend(faces=0)),
     ):
-        assert await prewarming.prewarm(b"photo", 9) is not None
+        assert await prewarming.prewarm(b"photo", 9, 1) is not None
 
 
 @pytest.mark.parametrize(
