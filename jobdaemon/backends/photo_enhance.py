@@ -228,7 +228,7 @@ class PhotoEnhanceBackend:
         """
         What *ask* gives that is not None: it is called until then, or until it failed so often in a row.
 
-        What is told of limits, and silence, are no failures: made once, a result is worth waiting for.
+        What is told of limits, and silence, are no failures: made once, a result is worth waiting for, as long as there is time.
         """
         failed = 0
         while True:
@@ -237,6 +237,8 @@ class PhotoEnhanceBackend:
                 answer = await ask(min(_PATIENCE, self._left(deadline)))
             except RateLimitedError as error:
                 rest = max(2 * self._poll, error.retry_after or self._poll)
+                if rest >= self._left(deadline):
+                    raise  # others can have the slot meanwhile
             except ProviderUnavailableError:
                 failed += 1
                 if failed >= strikes:

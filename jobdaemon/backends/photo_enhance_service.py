@@ -51,6 +51,8 @@ _GAVE_UP_WAITING = (408, 504, 524)
 _DOUBT = timedelta(seconds=10)
 #: Answers to an upload that this photo will get again.
 _REFUSALS = (400, 413, 415, 422)
+#: What is not there, or not open to us: a proxy before a service that is being replaced, or a wrong address. Any photo gets that.
+_NOT_THERE = (401, 404, 405, 407, 503)
 
 
 class TaskGoneError(Exception):
@@ -232,8 +234,8 @@ class EnhanceService:
 def _upload_error(answer: Answer) -> JobdaemonError:
     if answer.status not in _REFUSALS:
         error = _status_error(answer)
-        is_away = answer.status == 503 and isinstance(error, ProviderUnavailableError)
-        return BackendAwayError(str(error)) if is_away else error
+        is_away = answer.status in _NOT_THERE or 300 <= answer.status < 400
+        return BackendAwayError(str(error)) if is_away and isinstance(error, ProviderUnavailableError) else error
     hint = " Lower beautify.photo_enhance.max_pixels, or raise the limit of the proxy before it." if answer.status == 413 else ""
     return ProviderRefusedError(f"{answer.shown} refused the photo ({answer.status}{_detail(answer)}).{hint}")
 

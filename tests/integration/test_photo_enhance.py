@@ -311,6 +311,20 @@ async def test_a_result_outlasts_a_limit(backend: PhotoEnhanceBackend, service: 
     assert len(service.uploads) == 1
 
 
+@pytest.mark.parametrize(("place", "asked_for"), [(STATUS, "3600"), (DOWNLOAD, "3600"), (STATUS, None), (DOWNLOAD, None)])
+async def test_a_limit_that_outlasts_the_photo_s_time_costs_no_attempt(
+    open_backend: Open, service: Service, place: str, asked_for: str | None
+) -> None:
+    """Who is to come back in an hour does not wait for the photo's time to run out in a slot; whoever is told no time waits."""
+    service.answers[place] = [says(429, {"Retry-After": asked_for} if asked_for else None)]
+    backend = open_backend(timeout=timedelta(seconds=20 if asked_for else 1.5))
+    with pytest.raises(RateLimitedError) as told:
+        await backend.beautify(PHOTO, strength=0.7)
+    assert told.value.retry_after == (timedelta(hours=1) if asked_for else None)
+    async with asyncio.timeout(20):
+        await service.deleted.wait()
+
+
 async def test_tasks_that_cannot_be_deleted_stand_in_nobody_s_way(open_backend: Open, service: Service) -> None:
     """A service, or a proxy, that never answers a deletion gets only so many: they share the connections with the next photos."""
     service.answers["/api/v1/tasks/"] = [says_nothing]
@@ -383,9 +397,11 @@ async def test_a_failed_task_is_the_service_s_trouble(
         (says(504), ProviderUnavailableError, "504"),
         (PAGE, ProviderUnavailableError, "502"),
         (says(500, detail="Failed to process request: disk full"), ProviderUnavailableError, "disk full"),
-        (says(401), ProviderUnavailableError, "url right"),
-        (says(404, detail="Not Found"), ProviderUnavailableError, "url right"),
-        (redirects("http://169.254.169.254/latest/meta-data"), ProviderUnavailableError, "307"),
+        (says(401), BackendAwayError, "url right"),
+        (says(404, detail="Not Found"), BackendAwayError, "url right"),
+        (says(405), BackendAwayError, "url right"),
+        (says(403), ProviderUnavailableError, "url right"),
+        (redirects("http://169.254.169.254/latest/meta-data"), BackendAwayError, "307"),
         (GREETING, ProviderUnavailableError, "no JSON"),
         (sends(b"[1]", "application/json"), ProviderUnavailableError, "no object"),
         (sends(b"[" * 100_000, "application/json"), ProviderUnavailableError, "no JSON"),
@@ -401,12 +417,13 @@ async def test_a_failed_task_is_the_service_s_trouble(
 async def test_answers_to_an_upload(
     backend: PhotoEnhanceBackend, service: Service, answer: Handler, error: type[Exception], words: str
 ) -> None:
-    """Full, down or no such service: later. Refused: never."""
+    """Full, down or another service in its place: later, at no cost. Refused: never."""
     service.answers["/api/v1/enhance"] = [answer]
     with pytest.raises(error, match=words) as told:
         await backend.beautify(PHOTO, strength=0.7)
     if error is RateLimitedError:
         assert told.value.retry_after == timedelta(seconds=7)  # type: ignore[attr-defined]
+    assert isinstance(told.value, BackendAwayError) is (error is BackendAwayError)
     assert str(told.value).count("\n") == 0
     assert len(service.asked) == 1
 
