@@ -22,6 +22,7 @@ Every error this package raises on purpose.
         DeviceFailedError         the process that drives the device died or hung, of this work as far as one can tell
         StoreUnavailableError
         SourceUnavailableError    one order's photo or link; says nothing about anybody else's
+        NothingRetouchedError     a prewarm whose faces all came back as they were
       PermanentError              straight to dead letter, whatever attempts remain
         InvalidOrderError
           DownloadRefusedError    a server will not give what a link names
@@ -160,6 +161,10 @@ class SourceUnavailableError(RetryableError):
 
     Not a ProviderUnavailableError: customers name these hosts, and a few dead ones must not open the circuit of a queue.
     """
+
+
+class NothingRetouchedError(RetryableError):
+    """Not one of a photo's faces was retouched, so that there is nothing to keep; an order would have gone on with it."""
 
 
 class PermanentError(JobdaemonError):

@@ -15,7 +15,7 @@ from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
 from jobdaemon.domain.outcome import Done
-from jobdaemon.domain.write import Write
+from jobdaemon.domain.write import PhotoPrewarmed, Write
 from jobdaemon.spool import Spool
 
 
@@ -46,9 +46,17 @@ class BeautifiedPhoto:
 
 
 class BeautifyBackend(Protocol):
-    """Retouches portraits. Never blocks the event loop."""
+    """
+    Retouches portraits. Never blocks the event loop.
+
+    Attributes:
+        model: name and version of what does it, weights included, as its photos say.
+    """
 
     name: str
+
+    @property
+    def model(self) -> str: ...
 
     async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
         """
@@ -583,14 +591,18 @@ class PrewarmedPhotos(Protocol):
     *photo* is the digest of the source photo's bytes, *backend* a :func:`jobdaemon.domain.prewarm.backend_key`.
     """
 
-    async def take(self, photo: str, backend: str) -> Prewarmed | None:
-        """What an order is about to copy; None when there is nothing."""
+    async def find(self, photo: str, backend: str) -> Prewarmed | None:
+        """What was made; None when nothing was."""
         ...
 
-    async def has(self, photo: str, backend: str) -> bool:
-        """Whether there is anything."""
+    async def announce(self, photo: PhotoPrewarmed) -> None:
+        """Its artifact is about to be stored: unless that is noted for good within the hour, it is to be deleted."""
+        ...
+
+    async def used(self, entry_id: int) -> None:
+        """An order has copied it."""
         ...
 
     async def forget(self, entry_id: int) -> None:
-        """What was taken is missing or damaged."""
+        """What was found is missing or damaged."""
         ...

@@ -11,7 +11,7 @@ from datetime import timedelta
 from jobdaemon.domain.artifact import Artifact
 from jobdaemon.domain.fallback import Move, Settle
 from jobdaemon.domain.job import Job
-from jobdaemon.domain.write import ImageFailed, ImageGenerated, Write
+from jobdaemon.domain.write import ImageFailed, ImageGenerated, PhotoPrewarmed, Write
 from jobdaemon.errors import ArtifactMissingError, LeaseLostError, UnsupportedImageError
 from jobdaemon.ports import (
     Batch,
@@ -122,11 +122,14 @@ class FakeBackend:
     """BeautifyBackend that turns bytes around."""
 
     calls: list[tuple[bytes, float]] = field(default_factory=list)
+    faces: int = 1
+    unrestored: int = 0
     name: str = "fake"
+    model: str = "fake 1"
 
     async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
         self.calls.append((photo, strength))
-        return BeautifiedPhoto(photo[::-1], JPEG, 20, 30, 1, 0, "fake 1", "cpu")
+        return BeautifiedPhoto(photo[::-1], JPEG, 20, 30, self.faces, self.unrestored, "fake 1", "cpu")
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -138,12 +141,17 @@ class FakePrewarmed:
 
     photos: dict[tuple[str, str], Prewarmed] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
+    uses: list[int] = field(default_factory=list)
+    announced: list[PhotoPrewarmed] = field(default_factory=list)
 
-    async def take(self, photo: str, backend: str) -> Prewarmed | None:
+    async def announce(self, photo: PhotoPrewarmed) -> None:
+        self.announced.append(photo)
+
+    async def find(self, photo: str, backend: str) -> Prewarmed | None:
         return self.photos.get((photo, backend))
 
-    async def has(self, photo: str, backend: str) -> bool:
-        return (photo, backend) in self.photos
+    async def used(self, entry_id: int) -> None:
+        self.uses.append(entry_id)
 
     async def forget(self, entry_id: int) -> None:
         self.forgotten.append(entry_id)

@@ -72,12 +72,14 @@ def fallback_rules(settings: Settings, providers: Mapping[str, Provider]) -> Fal
     )
 
 
-def prewarming_key(settings: Settings, chosen: str) -> str:
+def prewarming_key(settings: Settings, chosen: str, model: str) -> str:
     """
     Whose prewarmed photos are ours too. What is not left out counts: a new setting costs a few hits, and no wrong photo.
 
     Args:
         chosen: the backend's name: where it is found out at the start, the same settings give another one on another machine.
+        model: what it retouches with: under the same name a file of weights may be another one there.
     """
     shaping = settings.beautify.model_dump(mode="json", exclude={"threads", "max_wait", "timeout"})
-    return backend_key(program_version(), shaping | {"backend": chosen, "max_pixels": settings.photos.max_pixels})
+    found = {"backend": chosen, "model": model, "max_pixels": settings.photos.max_pixels}
+    return backend_key(program_version(), shaping | found)

@@ -51,7 +51,7 @@ def build_stages(
         artifacts,
         backend,
         strength=settings.beautify.strength,
-        backend_key=prewarming_key(settings, backend.name),
+        backend_key=prewarming_key(settings, backend.name, backend.model),
     )
     return {
         Task.BEAUTIFY: BeautifyStage(

@@ -54,6 +54,7 @@ class OpenCVBackend:
     """Retouches on threads of its own; see :class:`jobdaemon.ports.BeautifyBackend`."""
 
     name = "opencv"
+    model = MODEL
 
     def __init__(self, *, threads: int = 1, limits: PhotoLimits | None = None) -> None:
         """

@@ -33,6 +33,7 @@ from jobdaemon.errors import (
     UnreachableError,
 )
 from jobdaemon.http import Answer, GuardedClient, shown_url
+from jobdaemon.redact import redact
 
 NAME = "photo_enhance"
 #: What the service takes: api/main.py, MAX_FILE_SIZE.
@@ -50,6 +51,8 @@ _GAVE_UP_WAITING = (408, 504, 524)
 _DOUBT = timedelta(seconds=10)
 #: Answers to an upload that this photo will get again.
 _REFUSALS = (400, 413, 415, 422)
+#: What is not there, or not open to us: a proxy before a service that is being replaced, or a wrong address. Any photo gets that.
+_NOT_THERE = (401, 404, 405, 407, 503)
 
 
 class TaskGoneError(Exception):
@@ -146,15 +149,26 @@ class EnhanceService:
             raise _status_error(answer)
         return _state(_object(answer))
 
-    async def fetch(self, task_id: str, *, within: timedelta) -> bytes:
+    async def fetch(self, task_id: str, *, within: timedelta) -> bytes | None:
         """
-        The result of a task that is done, as it was sent: who knows what it is.
+        The result of a task that is done, as it was sent: who knows what it is. None when the service was silent for all of
+        *within*: it has begun to work on another photo.
 
         Raises:
             TaskGoneError: there is none any more.
             RateLimitedError, ProviderUnavailableError: Retryable; also when it is too large.
         """
-        answer = await self._call("GET", f"/api/v1/download/{task_id}", within, max_bytes=self._max_result_bytes)
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + 0.9 * within.total_seconds()
+        try:
+            answer = await self._call("GET", f"/api/v1/download/{task_id}", within, max_bytes=self._max_result_bytes)
+        except ProviderUnavailableError:
+            # What broke off before that may be too large, and would be so again.
+            if loop.time() >= ends_at:
+                return None
+            raise
+        if answer.status in _GAVE_UP_WAITING:
+            return None
         if answer.status == 404:
             raise TaskGoneError
         if answer.status != 200:
@@ -220,8 +234,8 @@ class EnhanceService:
 def _upload_error(answer: Answer) -> JobdaemonError:
     if answer.status not in _REFUSALS:
         error = _status_error(answer)
-        is_away = answer.status == 503 and isinstance(error, ProviderUnavailableError)
-        return BackendAwayError(str(error)) if is_away else error
+        is_away = answer.status in _NOT_THERE or 300 <= answer.status < 400
+        return BackendAwayError(str(error)) if is_away and isinstance(error, ProviderUnavailableError) else error
     hint = " Lower beautify.photo_enhance.max_pixels, or raise the limit of the proxy before it." if answer.status == 413 else ""
     return ProviderRefusedError(f"{answer.shown} refused the photo ({answer.status}{_detail(answer)}).{hint}")
 
@@ -245,7 +259,7 @@ def _detail(answer: Answer) -> str:
 
 
 def _quoted(text: str) -> str:
-    words = " ".join(text.split()).rstrip(".")
+    words = redact(" ".join(text.split())).rstrip(".")
     return words if len(words) <= _QUOTED_CHARACTERS else words[: _QUOTED_CHARACTERS - 1] + "…"
 
 

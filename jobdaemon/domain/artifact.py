@@ -52,9 +52,9 @@ def beautified_key(order_id: int, sha256: str) -> str:
     return f"{work_folder(order_id)}/beautified-{sha256[:16]}.jpg"
 
 
-def prewarmed_key(photo_sha256: str, job_id: int) -> str:
-    """Key of a photo that was beautified before anybody ordered it, by this job."""
-    return f"prewarmed/{photo_sha256[:2]}/{photo_sha256}-{job_id}.jpg"
+def prewarmed_key(photo_sha256: str, job_id: int, token: int) -> str:
+    """Key of a photo that was beautified before anybody ordered it, by this attempt and no other."""
+    return f"prewarmed/{photo_sha256[:2]}/{photo_sha256}-{job_id}-{token}.jpg"
 
 
 def fitted_key(photo_key: str, longest_side: int, sha256: str, extension: str = "jpg") -> str:

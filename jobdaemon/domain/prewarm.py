@@ -14,8 +14,8 @@ def backend_key(version: str, settings: Mapping[str, Any]) -> str:
 
     Args:
         version: of this program: what a backend makes may change with it.
-        settings: all that shape a beautified photo, the backend's name among them, as JSON has them. A file that they name counts
-            by its name.
+        settings: all that shape a beautified photo, the backend's name and its model among them, as JSON has them. A file that
+            they name counts by its name.
     """
     asked = {"version": version, "settings": dict(settings)}
     return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

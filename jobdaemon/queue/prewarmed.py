@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import timedelta
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import Artifact
+from jobdaemon.domain.write import PhotoPrewarmed
 from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError
 from jobdaemon.events import Events, UpkeepFailed
 from jobdaemon.ports import ArtifactStore, Prewarmed
@@ -32,10 +35,10 @@ class PrewarmedRows:
         self._asks = asks
         self._keeps = keeps
 
-    async def take(self, photo: str, backend: str) -> Prewarmed | None:
+    async def find(self, photo: str, backend: str) -> Prewarmed | None:
         """See the port."""
         async with self._asks.use() as connection:
-            record = await connection.fetchrow(_PREWARMED["take"], photo, backend)
+            record = await connection.fetchrow(_PREWARMED["find"], photo, backend)
         if record is None:
             return None
         return Prewarmed(
@@ -49,10 +52,15 @@ class PrewarmedRows:
             device=record["device"],
         )
 
-    async def has(self, photo: str, backend: str) -> bool:
+    async def announce(self, photo: PhotoPrewarmed) -> None:
         """See the port."""
         async with self._asks.use() as connection:
-            return bool(await connection.fetchval(_PREWARMED["has"], photo, backend))
+            await connection.execute(_PREWARMED["announce"], json.dumps(asdict(photo)))
+
+    async def used(self, entry_id: int) -> None:
+        """See the port."""
+        async with self._asks.use() as connection:
+            await connection.execute(_PREWARMED["used"], entry_id)
 
     async def forget(self, entry_id: int) -> None:
         """See the port."""
@@ -67,10 +75,10 @@ class PrewarmedRows:
             count: int = await connection.fetchval(_PREWARMED["trim"], ttl.total_seconds(), max_bytes, limit)
         return count
 
-    async def dropped(self, limit: int) -> dict[int, str]:
-        """What was given up and may lie in the store: id and artifact key."""
+    async def dropped(self, after: int, limit: int) -> dict[int, str]:
+        """What was given up and may lie in the store: ids, in their order and above *after*, and artifact keys."""
         async with self._keeps.use() as connection:
-            records = await connection.fetch(_PREWARMED["dropped"], limit)
+            records = await connection.fetch(_PREWARMED["dropped"], after, limit)
         return {record["id"]: record["artifact"] for record in records}
 
     async def remove(self, entry_ids: Iterable[int]) -> None:
@@ -117,12 +125,17 @@ class PrewarmedKeeper:
             await asyncio.sleep(self._every_s * (1 - _JITTER * random.random()))
 
     async def trim(self) -> None:
-        """Give up what is old or too much, and delete the artifacts of what was given up."""
+        """
+        Give up what is old or too much, and delete the artifacts of what was given up.
+
+        Raises:
+            What the store raised last, once all others were tried.
+        """
         while await self._rows.trim(self._ttl, self._max_bytes, _TRIM_LIMIT) >= _TRIM_LIMIT:
             pass
-        while dropped := await self._rows.dropped(_TRIM_LIMIT):
+        last, failed = 0, None
+        while dropped := await self._rows.dropped(last, _TRIM_LIMIT):
             gone = []
-            failed: JobdaemonError | None = None
             for entry_id, artifact in dropped.items():
                 try:
                     await self._store.delete(artifact)
@@ -130,5 +143,6 @@ class PrewarmedKeeper:
                 except JobdaemonError as error:
                     failed = error
             await self._rows.remove(gone)
-            if failed is not None:
-                raise failed
+            last = max(dropped)
+        if failed is not None:
+            raise failed

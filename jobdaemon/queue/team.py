@@ -114,7 +114,7 @@ class Team:
         """Stop the attempt of this job, if it runs here and may be stopped; its end is committed as the fence decides."""
         for task, job in self._attempts.items():
             if job.id == job_id and self._rules.is_abortable:
-                task.cancel()
+                task.cancel("it was cancelled")
 
     def abort_paid(self, reason: str) -> int:
         """

@@ -6,11 +6,18 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 
-from jobdaemon.domain.artifact import prewarmed_key
+from jobdaemon.domain.artifact import Artifact, prewarmed_key
 from jobdaemon.domain.outcome import Done
 from jobdaemon.domain.write import PhotoPrewarmed
-from jobdaemon.errors import ArtifactMissingError, InvalidOrderError, UnsupportedImageError
-from jobdaemon.ports import ArtifactStore, Attempt, BeautifiedPhoto, BeautifyBackend, PrewarmedPhotos
+from jobdaemon.errors import (
+    ArtifactMissingError,
+    InvalidOrderError,
+    NothingRetouchedError,
+    StoreRefusedError,
+    StoreUnavailableError,
+    UnsupportedImageError,
+)
+from jobdaemon.ports import ArtifactStore, Attempt, BeautifiedPhoto, BeautifyBackend, Prewarmed, PrewarmedPhotos
 from jobdaemon.stages.source import source_photo
 
 
@@ -42,16 +49,16 @@ class Prewarming:
         return prewarmed or await self._backend.beautify(photo, strength=self._strength)
 
     async def _taken(self, digest: str) -> BeautifiedPhoto | None:
-        found = await self._rows.take(digest, self._backend_key)
+        found = await self._rows.find(digest, self._backend_key)
         if found is None:
             return None
         try:
-            content = await self._store.get(found.artifact.key, max_bytes=found.artifact.size_bytes)
-        except (ArtifactMissingError, UnsupportedImageError):
-            content = b""
-        if await _digest(content) != found.artifact.sha256:
-            await self._rows.forget(found.id)
+            content = await self._content(found)
+        except (StoreUnavailableError, StoreRefusedError):
+            return None  # without the copy the order is as well off as any other
+        if content is None:
             return None
+        await self._rows.used(found.id)
         return BeautifiedPhoto(
             content,
             found.artifact.media_type,
@@ -63,22 +70,41 @@ class Prewarming:
             found.device,
         )
 
-    async def prewarm(self, photo: bytes, job_id: int) -> PhotoPrewarmed | None:
+    async def _content(self, found: Prewarmed) -> bytes | None:
+        """What lies in the store, if it is what was made; else it is forgotten. Raises what the store raises."""
+        try:
+            content = await self._store.get(found.artifact.key, max_bytes=found.artifact.size_bytes)
+        except (ArtifactMissingError, UnsupportedImageError):
+            content = b""
+        if await _digest(content) == found.artifact.sha256:
+            return content
+        await self._rows.forget(found.id)
+        return None
+
+    async def prewarm(self, photo: bytes, job_id: int, token: int) -> PhotoPrewarmed | None:
         """
         Beautify *photo* for whoever may order it; None where that was done before.
 
         Raises:
+            NothingRetouchedError: every face came back as it was.
             What the store and the backend raise.
         """
         digest = await _digest(photo)
-        if await self._rows.has(digest, self._backend_key):
+        found = await self._rows.find(digest, self._backend_key)
+        if found is not None and await self._content(found) is not None:
             return None
         made = await self._backend.beautify(photo, strength=self._strength)
-        artifact = await self._store.put(prewarmed_key(digest, job_id), made.content, made.media_type)
-        return PhotoPrewarmed(
+        if made.unrestored and not made.faces and self._strength > 0:
+            # A device or a service short of memory does that. Kept, it would be the photo of every order for as long as it lies.
+            faces = "face" if made.unrestored == 1 else f"{made.unrestored} faces"
+            raise NothingRetouchedError(
+                f"{self._backend.name} left the {faces} of the photo as before: there is nothing to keep."
+            )
+        key = prewarmed_key(digest, job_id, token)
+        prewarmed = PhotoPrewarmed(
             digest,
             self._backend_key,
-            artifact,
+            Artifact(key, await _digest(made.content), len(made.content), made.media_type),
             width=made.width,
             height=made.height,
             faces=made.faces,
@@ -86,6 +112,10 @@ class Prewarming:
             model=made.model,
             device=made.device,
         )
+        # Whoever stops or kills this attempt from here on leaves a portrait in the store, and a row that has it deleted.
+        await self._rows.announce(prewarmed)
+        await self._store.put(key, made.content, made.media_type)
+        return prewarmed
 
 
 class PrewarmStage:
@@ -109,7 +139,8 @@ class PrewarmStage:
         if not isinstance(source, str):
             raise InvalidOrderError("this prewarm names no photo")
         photo = await source_photo(source, self._store, self._fetch, max_bytes=self._max_photo_bytes)
-        made = await self._prewarming.prewarm(photo, attempt.job.id)
+        assert attempt.job.token is not None  # it runs
+        made = await self._prewarming.prewarm(photo, attempt.job.id, attempt.job.token)
         return Done() if made is None else Done(writes=(made,))
 
 

@@ -52,12 +52,16 @@ class Running:
     daemon: Daemon
     seen: list[Event] = field(default_factory=list)
 
-    async def place(self, sql: Sql) -> int:
-        """An order of two images; returns its id."""
+    async def source(self) -> str:
+        """The portrait, in the store."""
         content = PORTRAIT.read_bytes()
         key = source_key(hashlib.sha256(content).hexdigest(), "png")
         await self.daemon.artifacts.put(key, content, "image/png")
-        return enqueue(sql, NewOrder(plan="Free", source=f"artifact:{key}", images=2)).order_id
+        return f"artifact:{key}"
+
+    async def place(self, sql: Sql) -> int:
+        """An order of two images; returns its id."""
+        return enqueue(sql, NewOrder(plan="Free", source=await self.source(), images=2)).order_id
 
 
 @asynccontextmanager
@@ -117,6 +121,29 @@ async def test_faults_cost_attempts_and_no_order(engine_database: str, sql: Sql,
         report = sandbox.report()["apis"][API]
     assert sum(report["faults"].values()) >= 3
     assert "emptied" not in report
+
+
+async def test_a_service_out_of_memory_prewarms_nothing(engine_database: str, sql: Sql, tmp_path: Path) -> None:
+    """What it could not retouch at night is not what is ordered in the morning: the prewarm fails, and the order has its face."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    settings = settings_for(f"http://127.0.0.1:{port}/photo-enhance/one", tmp_path, JOBDAEMON_QUEUES__BEAUTIFY__ATTEMPTS="2")
+    async with running(settings, engine_database) as now:
+        source = await now.source()
+        async with Sandbox(Behaviour(latency_s=0.02, faults=parse_faults("unrestored=1.0")), port=port):
+            sql.execute("SELECT jobdaemon.prewarm(%s)", [source])
+            await until(lambda: any(isinstance(event, JobFinished) and event.outcome == "failed" for event in now.seen))
+        async with Sandbox(Behaviour(latency_s=0.02), port=port):
+            row = await completed(sql, await now.place(sql))
+    assert (row["beautified"]["faces"], row["beautified"]["unrestored"]) == (1, 0)
+    failures = sql.execute("SELECT outcome, error_kind, error FROM jobdaemon.attempts ORDER BY attempt LIMIT 2").fetchall()
+    told = {
+        "error_kind": "NothingRetouchedError",
+        "error": "photo_enhance left the face of the photo as before: there is nothing to keep.",
+    }
+    assert failures == [{"outcome": "retry"} | told, {"outcome": "failed"} | told]
+    assert sql.execute("SELECT kept FROM jobdaemon.prewarm_stats").fetchone() == {"kept": 0}
 
 
 async def test_a_service_that_is_down_opens_the_circuit(engine_database: str, sql: Sql, tmp_path: Path) -> None:

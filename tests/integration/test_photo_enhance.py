@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from aiohttp.multipart import BodyPartReader
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageFilter
 
 from jobdaemon.backends import photo_enhance
 from jobdaemon.backends.faces import FaceDetector
@@ -34,6 +34,7 @@ from jobdaemon.errors import (
     UnsupportedImageError,
 )
 from jobdaemon.http import GuardedClient
+from jobdaemon.photo import MIN_SIDE_PX
 from jobdaemon.sandbox.photo_enhance_service import enhanced
 
 ASTRONAUT = Path(__file__).parents[1] / "data" / "astronaut.png"
@@ -123,8 +124,8 @@ async def open_backend(service: Service) -> AsyncIterator[Open]:
             "max_pixels": 6_000_000,
             "max_result_bytes": 20_000_000,
         }
-        client = GuardedClient(allowed_hosts=[(url or service.url).removeprefix("http://")])
-        opened.append(PhotoEnhanceBackend(url or service.url, client, **(values | changes)))
+        values["client"] = GuardedClient(allowed_hosts=[(url or service.url).removeprefix("http://")])
+        opened.append(PhotoEnhanceBackend(url or service.url, **(values | changes)))
         return opened[-1]
 
     yield make
@@ -234,6 +235,16 @@ async def test_a_large_photo_is_sent_smaller_and_comes_back_in_its_size(open_bac
         assert 90_000 < sent.width * sent.height <= 100_000
 
 
+async def test_a_panorama_is_no_bad_photo(open_backend: Open, service: Service) -> None:
+    """Made smaller, it has a side shorter than any photo that is let in; it is sent, and the result used, all the same."""
+    wide = Image.new("RGB", (8000, 400))
+    wide.paste(portrait(), (3000, 40))
+    result = await open_backend(max_pixels=65_536).beautify(encoded(wide), strength=0.7)
+    assert (result.width, result.height, result.faces + result.unrestored) == (8000, 400, 1)
+    with Image.open(io.BytesIO(service.uploads[0][2])) as sent:
+        assert sent.height < MIN_SIDE_PX
+
+
 async def test_nothing_is_sent_that_needs_no_retouching(backend: PhotoEnhanceBackend, service: Service) -> None:
     """Neither a picture without a face, nor anything at strength 0, nor what is no photo."""
     await backend.beautify(encoded(Image.new("RGB", (300, 200), (90, 120, 90))), strength=1.0)
@@ -281,6 +292,46 @@ async def test_a_silent_service_is_at_work(
     service.answers[STATUS] = [*[says_nothing] * 6, *[sends(b"", status=504)] * 6, service.work]
     assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
     assert len(service.uploads) == 1
+
+
+async def test_a_result_outlasts_what_the_service_does_for_others(
+    backend: PhotoEnhanceBackend, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Done, and then silent: it works on somebody else's photo. The result is waited for like the task, and is not made again."""
+    monkeypatch.setattr(photo_enhance, "_PATIENCE", timedelta(milliseconds=200))
+    service.answers[DOWNLOAD] = [*[says_nothing] * 3, *[sends(b"", status=504)] * 4, service.work]
+    assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
+    assert len(service.uploads) == 1
+
+
+async def test_a_result_outlasts_a_limit(backend: PhotoEnhanceBackend, service: Service) -> None:
+    """The question before the download was one too many for a proxy: the result is asked for later, and is not made again."""
+    service.answers[DOWNLOAD] = [*[says(429, {"Retry-After": "0"})] * 4, says(503, {"Retry-After": "0"}), service.work]
+    assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
+    assert len(service.uploads) == 1
+
+
+@pytest.mark.parametrize(("place", "asked_for"), [(STATUS, "3600"), (DOWNLOAD, "3600"), (STATUS, None), (DOWNLOAD, None)])
+async def test_a_limit_that_outlasts_the_photo_s_time_costs_no_attempt(
+    open_backend: Open, service: Service, place: str, asked_for: str | None
+) -> None:
+    """Who is to come back in an hour does not wait for the photo's time to run out in a slot; whoever is told no time waits."""
+    service.answers[place] = [says(429, {"Retry-After": asked_for} if asked_for else None)]
+    backend = open_backend(timeout=timedelta(seconds=20 if asked_for else 1.5))
+    with pytest.raises(RateLimitedError) as told:
+        await backend.beautify(PHOTO, strength=0.7)
+    assert told.value.retry_after == (timedelta(hours=1) if asked_for else None)
+    async with asyncio.timeout(20):
+        await service.deleted.wait()
+
+
+async def test_tasks_that_cannot_be_deleted_stand_in_nobody_s_way(open_backend: Open, service: Service) -> None:
+    """A service, or a proxy, that never answers a deletion gets only so many: they share the connections with the next photos."""
+    service.answers["/api/v1/tasks/"] = [says_nothing]
+    backend = open_backend(client=GuardedClient(allowed_hosts=[service.url.removeprefix("http://")], max_connections=30))
+    for _ in range(40):
+        assert (await backend.beautify(PHOTO, strength=0.7)).faces == 1
+    assert service.count("DELETE") < 30
 
 
 async def test_words_nobody_knows_go_on_until_the_deadline(open_backend: Open, service: Service) -> None:
@@ -346,9 +397,11 @@ async def test_a_failed_task_is_the_service_s_trouble(
         (says(504), ProviderUnavailableError, "504"),
         (PAGE, ProviderUnavailableError, "502"),
         (says(500, detail="Failed to process request: disk full"), ProviderUnavailableError, "disk full"),
-        (says(401), ProviderUnavailableError, "url right"),
-        (says(404, detail="Not Found"), ProviderUnavailableError, "url right"),
-        (redirects("http://169.254.169.254/latest/meta-data"), ProviderUnavailableError, "307"),
+        (says(401), BackendAwayError, "url right"),
+        (says(404, detail="Not Found"), BackendAwayError, "url right"),
+        (says(405), BackendAwayError, "url right"),
+        (says(403), ProviderUnavailableError, "url right"),
+        (redirects("http://169.254.169.254/latest/meta-data"), BackendAwayError, "307"),
         (GREETING, ProviderUnavailableError, "no JSON"),
         (sends(b"[1]", "application/json"), ProviderUnavailableError, "no object"),
         (sends(b"[" * 100_000, "application/json"), ProviderUnavailableError, "no JSON"),
@@ -364,14 +417,25 @@ async def test_a_failed_task_is_the_service_s_trouble(
 async def test_answers_to_an_upload(
     backend: PhotoEnhanceBackend, service: Service, answer: Handler, error: type[Exception], words: str
 ) -> None:
-    """Full, down or no such service: later. Refused: never."""
+    """Full, down or another service in its place: later, at no cost. Refused: never."""
     service.answers["/api/v1/enhance"] = [answer]
     with pytest.raises(error, match=words) as told:
         await backend.beautify(PHOTO, strength=0.7)
     if error is RateLimitedError:
         assert told.value.retry_after == timedelta(seconds=7)  # type: ignore[attr-defined]
+    assert isinstance(told.value, BackendAwayError) is (error is BackendAwayError)
     assert str(told.value).count("\n") == 0
     assert len(service.asked) == 1
+
+
+@pytest.mark.parametrize("place", ["/api/v1/enhance", STATUS])
+async def test_what_a_service_tells_is_quoted_without_secrets(backend: PhotoEnhanceBackend, service: Service, place: str) -> None:
+    """Its words become the order's error, which many may read; a signed address or a key in them is not for these."""
+    words = "no upload to https://bucket.example/p.jpg?X-Amz-Signature=abcd with api_key=efgh; password: ijkl"
+    service.answers[place] = [says(500, detail=words) if place != STATUS else says(status="failed", error=words)]
+    with pytest.raises(ProviderUnavailableError, match="no upload to") as told:
+        await backend.beautify(PHOTO, strength=0.7)
+    assert not any(secret in str(told.value) for secret in ("abcd", "efgh", "ijkl"))
 
 
 async def test_nobody_there(open_backend: Open) -> None:
@@ -487,6 +551,50 @@ async def test_what_is_no_result(backend: PhotoEnhanceBackend, service: Service,
     assert service.count(f"GET {DOWNLOAD}") == 2
     async with asyncio.timeout(5):
         await service.deleted.wait()
+
+
+def studio(person: Image.Image) -> Image.Image:
+    """As a photographer takes all customers: a head at the same place before the same wall."""
+    picture = Image.new("RGB", (320, 400), (240, 240, 240))
+    mask = Image.new("L", person.size)
+    ImageDraw.Draw(mask).ellipse((90, 20, 230, 240), fill=255)
+    picture.paste(person, (0, 60), mask.filter(ImageFilter.GaussianBlur(4)))
+    return picture
+
+
+async def test_another_customer_s_portrait_is_no_result(backend: PhotoEnhanceBackend, service: Service) -> None:
+    """
+    A service that counts its tasks begins anew when it is restarted, and a proxy may keep what was fetched: a portrait so like
+    this one that colours and brightness hardly differ, of somebody else, is not laid over it.
+    """
+    somebody_else = studio(portrait().transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    nobody = Image.new("RGB", (320, 400), (225, 220, 215))
+    for result in (somebody_else, nobody):
+        service.answers[DOWNLOAD] = [sends(restored(encoded(result, quality=95)))]
+        with pytest.raises(ProviderUnavailableError, match="not of the photo"):
+            await backend.beautify(encoded(studio(portrait()), quality=95), strength=0.7)
+
+
+@pytest.mark.parametrize(
+    "filtered",
+    [
+        lambda image: image.filter(ImageFilter.MedianFilter(9)),
+        lambda image: image.filter(ImageFilter.GaussianBlur(4)),
+        lambda image: image.filter(ImageFilter.UnsharpMask(4, 200)),
+        lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+        lambda image: ImageEnhance.Contrast(image).enhance(1.5),
+        lambda image: image.convert("L").convert("RGB"),
+    ],
+    ids=["median", "blurred", "sharpened", "brighter", "contrast", "grey"],
+)
+@pytest.mark.parametrize("photo", [portrait(), studio(portrait()), ImageEnhance.Brightness(portrait()).enhance(0.25)])
+async def test_however_a_photo_is_retouched_it_is_the_photo(
+    backend: PhotoEnhanceBackend, service: Service, filtered: Callable[[Image.Image], Image.Image], photo: Image.Image
+) -> None:
+    """Nothing that is done to it in place makes it another one."""
+    service.answers[DOWNLOAD] = [sends(encoded(filtered(photo).resize((1280, 4 * photo.height)), quality=90))]
+    result = await backend.beautify(encoded(photo, quality=95), strength=0.7)
+    assert (result.width, result.height) == photo.size
 
 
 async def test_a_result_that_did_not_come_whole_is_fetched_again(backend: PhotoEnhanceBackend, service: Service) -> None:

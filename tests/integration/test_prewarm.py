@@ -20,8 +20,10 @@ from psycopg.rows import dict_row
 
 from jobdaemon import app
 from jobdaemon.app import Daemon
+from jobdaemon.backends.opencv import OpenCVBackend
 from jobdaemon.domain.artifact import source_key
 from jobdaemon.domain.job import PREWARM_PRIORITY, Task
+from jobdaemon.events import JobFinished
 from jobdaemon.ports import Attempt, BeautifiedPhoto, BeautifyBackend
 from jobdaemon.settings import Settings, load_settings
 from tests.daemons import NO_POLL, Stages, running_daemon, until
@@ -36,6 +38,7 @@ class CountingBackend:
 
     def __init__(self, backend: BeautifyBackend) -> None:
         self.name = backend.name
+        self.model = backend.model
         self.backend = backend
         self.calls: list[float] = []
 
@@ -169,6 +172,32 @@ async def test_an_order_finds_its_photo_retouched(studio: Studio) -> None:
 
 
 @pytest.mark.newest_postgres
+async def test_a_copy_that_cannot_be_read_fails_no_order(studio: Studio) -> None:
+    """Where the prewarmed file is nobody's to read (a link here, since tests may be root), the photo is made anew."""
+    async with studio.at_work():
+        await studio.ended(studio.prewarm())
+        [kept] = studio.copies()
+        kept.rename(kept.with_name("elsewhere.jpg"))
+        kept.symlink_to("elsewhere.jpg")
+        order = studio.orders("Free", studio.source)
+        await until(lambda: studio.orders.row(order)["beautified"] is not None or studio.orders.row(order)["error"] is not None)
+        assert studio.orders.row(order)["error"] is None
+        assert (studio.calls, studio.stats()) == (2, (1, 0))
+
+
+@pytest.mark.newest_postgres
+async def test_a_prewarm_makes_what_is_gone(studio: Studio) -> None:
+    """Asked for again after its file was deleted, a photo is prewarmed again, and an order finds it."""
+    async with studio.at_work():
+        await studio.ended(studio.prewarm())
+        [kept] = studio.copies()
+        kept.unlink()
+        await studio.ended(studio.prewarm())
+        await studio.beautified(studio.orders("Free", studio.source))
+        assert (studio.calls, studio.stats()) == (2, (1, 1))
+
+
+@pytest.mark.newest_postgres
 async def test_other_settings_find_nothing(studio: Studio) -> None:
     """A daemon with another strength retouches the photo itself; one with other threads does not have to."""
     async with studio.at_work():
@@ -179,6 +208,17 @@ async def test_other_settings_find_nothing(studio: Studio) -> None:
     async with studio.at_work(BEAUTIFY__THREADS="2"):
         await studio.beautified(studio.orders("Free", studio.source))
         assert studio.backends[-1].calls == []
+
+
+@pytest.mark.newest_postgres
+async def test_other_weights_under_the_same_name_find_nothing(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings name a file, and on another machine it may be another one: an order's photo is made by what its daemon has."""
+    async with studio.at_work():
+        await studio.ended(studio.prewarm())
+    monkeypatch.setattr(OpenCVBackend, "model", "opencv-2")
+    async with studio.at_work():
+        await studio.beautified(studio.orders("Free", studio.source))
+        assert studio.backends[-1].calls == [0.7]
 
 
 @pytest.mark.newest_postgres
@@ -316,14 +356,14 @@ async def test_an_order_waits_for_no_prewarm_of_its_photo(engine_database: str, 
 
 
 async def test_a_cancelled_prewarm_stops(engine_database: str, sql: Sql) -> None:
-    """The daemon that runs it hears of it without a poll, and the slot is free."""
+    """The daemon that runs it hears of it without a poll, and the slot is free; the log says what happened."""
     begun = asyncio.Event()
 
     async def gate(attempt: Attempt) -> None:
         begun.set()
         await asyncio.Event().wait()
 
-    async with running_daemon(engine_database, Stages(gate), engine=NO_POLL, team_size=1):
+    async with running_daemon(engine_database, Stages(gate), engine=NO_POLL, team_size=1) as member:
         row = (await asyncio.to_thread(sql.execute, "SELECT job_id FROM jobdaemon.prewarm('artifact:sources/a.jpg')")).fetchone()
         assert row is not None
         await asyncio.wait_for(begun.wait(), 20)
@@ -331,6 +371,8 @@ async def test_a_cancelled_prewarm_stops(engine_database: str, sql: Sql) -> None
         await asyncio.to_thread(sql.execute, "SELECT jobdaemon.cancel_prewarm(%s)", [row["job_id"]])
         await until(lambda: sql.execute("SELECT running FROM jobdaemon.prewarm_stats").fetchone() == {"running": 0})
         assert time.monotonic() - started < 20  # the poll is a minute away
+        await until(lambda: any(isinstance(event, JobFinished) for event in member.seen))
+        assert [event.error for event in member.seen if isinstance(event, JobFinished)] == ["it was cancelled"]
     job = sql.execute("SELECT status FROM jobdaemon.procrastinate_jobs").fetchone()
     assert job == {"status": "aborted"}
 

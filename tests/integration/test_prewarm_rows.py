@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from jobdaemon.domain.outcome import End, Transition, Verdict
+from jobdaemon.errors import StoreRefusedError
 from jobdaemon.events import Events
 from jobdaemon.queue.prewarmed import PrewarmedKeeper
 from jobdaemon.queue.store import PostgresJobStore
@@ -146,15 +147,16 @@ async def test_a_prewarm_that_ended_well_is_kept(store: PostgresJobStore, daemon
     assert (await store.commit([done], daemon_id=daemon_id)).verdicts == [Verdict.ACCEPTED]
     assert job(sql, claimed.id)["status"] == "succeeded"
     photo = f"{7:064x}"
-    found = await store.prewarmed.take(photo, BACKEND)
+    found = await store.prewarmed.find(photo, BACKEND)
     assert found is not None
+    await store.prewarmed.used(found.id)
     assert (found.artifact, found.faces, found.model) == (prewarmed(7).artifact, 1, "test 1")
-    assert await store.prewarmed.take(photo, "0" * 64) is None
-    assert await store.prewarmed.take(f"{8:064x}", BACKEND) is None
+    assert await store.prewarmed.find(photo, "0" * 64) is None
+    assert await store.prewarmed.find(f"{8:064x}", BACKEND) is None
     stats = "SELECT waiting, running, kept, bytes, used FROM jobdaemon.prewarm_stats"
     assert sql.execute(stats).fetchone() == {"waiting": 0, "running": 0, "kept": 1, "bytes": 10, "used": 1}
     await store.prewarmed.forget(found.id)
-    assert not await store.prewarmed.has(photo, BACKEND)
+    assert await store.prewarmed.find(photo, BACKEND) is None
     assert sql.execute(stats).fetchone() == {"waiting": 0, "running": 0, "kept": 0, "bytes": 0, "used": 0}
 
 
@@ -169,10 +171,71 @@ async def test_of_two_at_once_one_is_kept(store: PostgresJobStore, daemon_id: in
     await store.commit([Transition(jobs[2], End.SUCCEEDED, writes=(made[2],))], daemon_id=daemon_id)
     artifacts = FakeArtifacts({photo.artifact.key: b"x" for photo in made})
     await PrewarmedKeeper(store.prewarmed, artifacts, Events(), ttl=HOUR, max_bytes=100).trim()
-    found = await store.prewarmed.take(f"{1:064x}", BACKEND)
+    found = await store.prewarmed.find(f"{1:064x}", BACKEND)
     assert found is not None
     assert list(artifacts.objects) == [found.artifact.key]
     assert len(sql.execute("SELECT FROM jobdaemon.prewarmed").fetchall()) == 1
+
+
+async def test_an_order_waits_for_nobody_who_holds_the_row(
+    store: PostgresJobStore, daemon_id: int, sql: Sql, engine_database: str
+) -> None:
+    """Who has locked the row of a prewarmed photo keeps no order from it: only the count of uses misses one."""
+    prewarm(sql)
+    [claimed] = await store.claim("beautify", daemon_id, 1)
+    await store.commit([Transition(claimed, End.SUCCEEDED, writes=(prewarmed(7),))], daemon_id=daemon_id)
+    with psycopg.connect(engine_database) as other:
+        other.execute("SELECT FROM jobdaemon.prewarmed FOR UPDATE")
+        found = await store.prewarmed.find(f"{7:064x}", BACKEND)
+        assert found is not None
+        await store.prewarmed.used(found.id)
+        await store.prewarmed.forget(found.id)
+    assert sql.execute("SELECT uses, dropped_at FROM jobdaemon.prewarmed").fetchone() == {"uses": 0, "dropped_at": None}
+
+
+async def test_what_cannot_be_deleted_stands_in_nobody_s_way(store: PostgresJobStore, sql: Sql) -> None:
+    """However many artifacts the store will not delete, those given up after them go; the failure is told, and tried again."""
+
+    class Stubborn(FakeArtifacts):
+        async def delete(self, key: str) -> None:
+            if key.startswith("prewarmed/1/"):
+                raise StoreRefusedError(f"{key} may not be deleted")
+            await super().delete(key)
+
+    for folder, count in ((1, 250), (2, 250)):
+        sql.execute(
+            "INSERT INTO jobdaemon.prewarmed (photo, backend, artifact, sha256, bytes, media_type, width, height, faces,"
+            " unrestored, model, device, dropped_at) SELECT repeat('a', 64), repeat('b', 64),"
+            " format('prewarmed/%%s/%%s.jpg', %s::int, n), '', 1, 'image/jpeg', 1, 1, 0, 0, '', '', now()"
+            " FROM generate_series(1, %s) AS n",
+            [folder, count],
+        )
+    artifacts = Stubborn({f"prewarmed/{folder}/{n}.jpg": b"x" for folder in (1, 2) for n in range(1, 251)})
+    with pytest.raises(StoreRefusedError):
+        await PrewarmedKeeper(store.prewarmed, artifacts, Events(), ttl=HOUR, max_bytes=100).trim()
+    assert len(artifacts.objects) == 250
+    assert sql.execute("SELECT count(*) FROM jobdaemon.prewarmed").fetchone() == {"count": 250}
+
+
+async def test_no_artifact_is_without_a_row(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:
+    """What was announced and never kept is deleted after an hour; what was kept stays, and nothing tells of it twice."""
+    prewarm(sql)
+    [claimed] = await store.claim("beautify", daemon_id, 1)
+    lost, kept = prewarmed(1), prewarmed(2)
+    for photo in (lost, kept):
+        await store.prewarmed.announce(photo)
+    assert await store.prewarmed.find(kept.photo, BACKEND) is None
+    artifacts = FakeArtifacts({photo.artifact.key: b"x" for photo in (lost, kept)})
+    keeper = PrewarmedKeeper(store.prewarmed, artifacts, Events(), ttl=HOUR, max_bytes=100)
+    await keeper.trim()
+    assert len(artifacts.objects) == 2  # they may be on their way
+    await store.commit([Transition(claimed, End.SUCCEEDED, writes=(kept,))], daemon_id=daemon_id)
+    sql.execute("UPDATE jobdaemon.prewarmed SET dropped_at = dropped_at - interval '1 hour'")
+    await keeper.trim()
+    assert list(artifacts.objects) == [kept.artifact.key]
+    assert sql.execute("SELECT artifact, dropped_at FROM jobdaemon.prewarmed").fetchall() == [
+        {"artifact": kept.artifact.key, "dropped_at": None}
+    ]
 
 
 async def test_what_is_old_or_too_much_goes(store: PostgresJobStore, daemon_id: int, sql: Sql) -> None:

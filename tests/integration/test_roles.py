@@ -179,13 +179,14 @@ async def test_daemon_keeps_prewarmed_photos(login: Callable[[str], str], sql: S
         daemon_id = await store.register(host="h", pid=1, version="0", queues={"beautify": 1})
         [job] = await store.claim("beautify", daemon_id, 1)
         made = prewarmed(1)
+        await store.prewarmed.announce(made)
         await store.commit([Transition(job, End.SUCCEEDED, writes=(made,))], daemon_id=daemon_id)
-        assert await store.prewarmed.has(made.photo, made.backend)
-        found = await store.prewarmed.take(made.photo, made.backend)
+        found = await store.prewarmed.find(made.photo, made.backend)
         assert found is not None
+        await store.prewarmed.used(found.id)
         await store.prewarmed.forget(found.id)
         assert await store.prewarmed.trim(timedelta(seconds=1), 1, 1) == 0
-        assert list(await store.prewarmed.dropped(1)) == [found.id]
+        assert list(await store.prewarmed.dropped(0, 1)) == [found.id]
         await store.prewarmed.remove([found.id])
     finally:
         await store.close()

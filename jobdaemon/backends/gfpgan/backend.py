@@ -135,6 +135,11 @@ class GfpganBackend:
         self._loaded = Loaded(model, loaded.device)
         return self._loaded
 
+    @property
+    def model(self) -> str:
+        """Which weights are loaded."""
+        return self._loaded.model
+
     def __str__(self) -> str:
         return f"gfpgan ({self._loaded.model} on {self._loaded.device})"
 

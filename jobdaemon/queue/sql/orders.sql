@@ -17,7 +17,7 @@ RETURNING o.id AS order_id;
 
 -- name: photo_prewarmed
 -- {photo, backend, artifact, width, height, faces, unrestored, model, device}; of two that were made at once one is kept, and the
--- other's row only says what is to be deleted.
+-- other's row only says what is to be deleted. What was announced needs no row for that any more.
 WITH made AS (
     SELECT w.photo, w.backend, a.key AS artifact, a.sha256, a.size_bytes AS bytes, a.media_type, w.width, w.height, w.faces,
         w.unrestored, w.model, w.device
@@ -29,6 +29,8 @@ WITH made AS (
     SELECT m.* FROM made m ORDER BY m.photo
     ON CONFLICT (photo, backend) WHERE dropped_at IS NULL DO NOTHING
     RETURNING artifact
+), announced AS (
+    DELETE FROM jobdaemon.prewarmed p USING made m WHERE p.artifact = m.artifact AND p.dropped_at IS NOT NULL
 )
 INSERT INTO jobdaemon.prewarmed (photo, backend, artifact, sha256, bytes, media_type, width, height, faces, unrestored, model, device,
     dropped_at)
