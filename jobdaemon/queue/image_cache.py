@@ -97,10 +97,10 @@ class CacheRows:
             count: int = await connection.fetchval(_CACHE["trim"], ttl.total_seconds(), max_bytes, limit)
         return count
 
-    async def dropped(self, limit: int) -> dict[int, str | None]:
+    async def dropped(self, after: int, limit: int) -> dict[int, str | None]:
         """What was given up and lies in the store: id and artifact key."""
         async with self._keeps.use() as connection:
-            records = await connection.fetch(_CACHE["dropped"], limit)
+            records = await connection.fetch(_CACHE["dropped"], after, limit)
         return {record["id"]: record["artifact"] for record in records}
 
     async def remove(self, entry_ids: Iterable[int]) -> None:
@@ -207,9 +207,9 @@ class CacheKeeper:
         """Give up what is old or too much, and delete the copies of what was given up: by us, or by an operator."""
         while await self._rows.trim(self._ttl, self._max_bytes, _TRIM_LIMIT) >= _TRIM_LIMIT:
             pass
-        while dropped := await self._rows.dropped(_TRIM_LIMIT):
+        last, failed = 0, None
+        while dropped := await self._rows.dropped(last, _TRIM_LIMIT):
             gone = []
-            failed: JobdaemonError | None = None
             for entry_id, artifact in dropped.items():
                 try:
                     if artifact is not None:
@@ -218,5 +218,6 @@ class CacheKeeper:
                 except JobdaemonError as error:
                     failed = error
             await self._rows.remove(gone)
-            if failed is not None:
-                raise failed
+            last = max(dropped)
+        if failed is not None:
+            raise failed

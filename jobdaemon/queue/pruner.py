@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import ARTIFACT_SCHEME, work_folder
-from jobdaemon.errors import DatabaseUnavailableError
+from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, StoreRefusedError
 from jobdaemon.events import Events, OrdersRemoved, OrdersRetired, UpkeepFailed
 from jobdaemon.ports import ArtifactStore
 from jobdaemon.queue import sql
@@ -45,10 +45,10 @@ class RetentionRows:
         """Retire orders that ended *age* ago, the oldest first: nothing opens them again. Says how many."""
         return await self._count("retire", age.total_seconds(), limit)
 
-    async def retired(self, limit: int) -> list[int]:
-        """Retired orders, of which something may lie in the store."""
+    async def retired(self, after: int, limit: int) -> list[int]:
+        """The next retired orders after this one, of which something may lie in the store."""
         async with self._keeps.use() as connection:
-            return [record["id"] for record in await connection.fetch(_RETENTION["retired"], limit)]
+            return [record["id"] for record in await connection.fetch(_RETENTION["retired"], after, limit)]
 
     async def pruned(self, order_ids: Iterable[int]) -> None:
         """Of these nothing does any more."""
@@ -73,7 +73,7 @@ class RetentionRows:
             await connection.execute(_RETENTION["sources_deleted"], list(sources))
 
     async def sources_not_deleted(self, sources: Iterable[str]) -> None:
-        """These are not, as far as is known."""
+        """These are not, as far as is known: they are the last to be given out again."""
         async with self._keeps.use() as connection:
             await connection.execute(_RETENTION["sources_not_deleted"], list(sources))
 
@@ -112,24 +112,40 @@ class Pruner:
         self._photos = photos
         self._orders = orders
         self._sources_wait = sources_wait
+        #: Up to which retired order the store was cleared, as far as it let itself be.
+        self._cleared_to = 0
         #: Where the walk through the jobs goes on; None when it is over.
         self._walked_to: int | None = None
         self._next_walk = 0.0
 
     async def run(self) -> None:
         """Go on until cancelled."""
-        steps = (self._retire, self._clear_away, self._prune_jobs, self._delete_sources, self._remove)
         while True:
             has_more = False
-            for step in steps:
+            for step in self._steps():
                 has_more |= await self._tried(step)
             await asyncio.sleep((_BUSY_S if has_more else _IDLE_S) * (1 - _JITTER * random.random()))
 
     async def prune(self) -> None:
-        """Do all that is due; what fails is raised."""
-        for step in (self._retire, self._clear_away, self._prune_jobs, self._delete_sources, self._remove):
-            while await step():
-                pass
+        """
+        Do all that is due.
+
+        Raises:
+            What the store raised last, once everything else was tried.
+        """
+        failed: JobdaemonError | None = None
+        for step in self._steps():
+            try:
+                while await step():
+                    pass
+            except JobdaemonError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    def _steps(self) -> tuple[Callable[[], Awaitable[bool]], ...]:
+        """Each does a part and says whether there is more of it."""
+        return (self._retire, self._clear_away, self._prune_jobs, self._delete_sources, self._remove)
 
     async def _tried(self, step: Callable[[], Awaitable[bool]]) -> bool:
         """Whether there is more to do. One step that fails, since the store is away, does not keep the others from their work."""
@@ -150,14 +166,23 @@ class Pruner:
         return count == _ORDERS
 
     async def _clear_away(self) -> bool:
-        order_ids = await self._rows.retired(_ORDERS)
+        order_ids = await self._rows.retired(self._cleared_to, _ORDERS)
+        self._cleared_to = 0  # begin anew, unless all goes well
         gone: list[int] = []
+        refused: StoreRefusedError | None = None
         try:
             for order_id in order_ids:
-                await self._store.delete_folder(work_folder(order_id))
-                gone.append(order_id)
+                try:
+                    await self._store.delete_folder(work_folder(order_id))
+                    gone.append(order_id)
+                except StoreRefusedError as error:
+                    refused = error  # a folder that somebody else owns keeps none of the others
         finally:
             await self._rows.pruned(gone)
+        if len(order_ids) == _ORDERS:
+            self._cleared_to = order_ids[-1]
+        if refused is not None:
+            raise refused
         return len(order_ids) == _ORDERS
 
     async def _prune_jobs(self) -> bool:
@@ -175,14 +200,22 @@ class Pruner:
     async def _delete_sources(self) -> bool:
         sources = await self._rows.sources_to_delete(self._sources_wait, _SOURCES)
         left = list(sources)
+        refused: StoreRefusedError | None = None
         try:
             async with asyncio.timeout(_DELETION_S):
-                while left:
-                    await self._store.delete(left[-1].removeprefix(ARTIFACT_SCHEME))
-                    await self._rows.sources_deleted([left.pop()])
+                for source in sources:
+                    try:
+                        await self._store.delete(source.removeprefix(ARTIFACT_SCHEME))
+                    except StoreRefusedError as error:
+                        refused = error
+                        continue
+                    await self._rows.sources_deleted([source])
+                    left.remove(source)
         finally:
             if left:
                 await self._rows.sources_not_deleted(left)
+        if refused is not None:
+            raise refused
         return len(sources) == _SOURCES
 
     async def _remove(self) -> bool:

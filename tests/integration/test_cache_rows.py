@@ -13,6 +13,7 @@ import pytest
 from psycopg.rows import dict_row
 
 from jobdaemon.db import DatabaseAddress
+from jobdaemon.errors import StoreRefusedError
 from jobdaemon.events import Events, UpkeepFailed
 from jobdaemon.ports import Taken
 from jobdaemon.queue.image_cache import CacheKeeper
@@ -247,6 +248,26 @@ async def test_age_is_bounded(store: PostgresJobStore, order_factory: Orders, sq
     await keeper(store, artifacts, ttl=HOUR).trim()
     assert _kept(artifacts) == []
     assert [(row["key"], row["dropped"]) for row in rows(sql)] == [(A, False)]
+
+
+async def test_what_cannot_be_deleted_stands_in_nobodys_way(store: PostgresJobStore, sql: Sql) -> None:
+    """However many copies the store will not delete, those given up after them go; the failure is told, and tried again."""
+
+    class Stubborn(FakeArtifacts):
+        async def delete(self, key: str) -> None:
+            if key.startswith("cache/1/"):
+                raise StoreRefusedError(f"{key} may not be deleted")
+            await super().delete(key)
+
+    sql.execute(
+        "INSERT INTO jobdaemon.cache (key, provider, order_id, index, claimed_at, claimed_until, artifact, dropped_at)"
+        " SELECT repeat('a', 64), 'x', 1, n, now(), now(), format('cache/%s/%s.jpg', folder, n), now()"
+        " FROM generate_series(1, 2) AS folder, generate_series(1, 250) AS n"
+    )
+    artifacts = Stubborn({f"cache/{folder}/{n}.jpg": b"x" for folder in (1, 2) for n in range(1, 251)})
+    with pytest.raises(StoreRefusedError):
+        await keeper(store, artifacts).trim()
+    assert len(artifacts.objects) == len(rows(sql)) == 250
 
 
 async def test_a_copy_under_way_is_not_deleted_under_the_copier(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 from jobdaemon.db import DatabaseAddress
 from jobdaemon.domain.outcome import End, Transition
-from jobdaemon.errors import StoreUnavailableError
+from jobdaemon.errors import StoreRefusedError, StoreUnavailableError
 from jobdaemon.events import Event, Events, OrdersRemoved, OrdersRetired, UpkeepFailed
+from jobdaemon.queue import pruner as pruner_module
 from jobdaemon.queue.pruner import Pruner
 from jobdaemon.queue.store import PostgresJobStore
 from jobdaemon.storage.files import FilesStore
@@ -414,6 +415,42 @@ async def test_a_store_that_is_away_costs_nothing(store: PostgresJobStore, order
     await pruner(store, mended, wait=timedelta(0)).prune()
     assert mended.objects == {}
     assert order_factory.row(order_id)["pruned_at"] is not None
+
+
+async def test_what_may_not_be_deleted_stands_in_nobodys_way(
+    store: PostgresJobStore, order_factory: Orders, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many folders and photos the store keeps back, those behind them go; it is told, and tried again."""
+    monkeypatch.setattr(pruner_module, "_ORDERS", 3)
+    monkeypatch.setattr(pruner_module, "_SOURCES", 3)
+    sources = [source_of(number) for number in range(10)]
+    order_ids = [order_factory("Free", source=source) for source in sources]
+    for order_id in order_ids:
+        end(sql, order_id, 31)
+    keys = [f"work/{order_id}/a.jpg" for order_id in order_ids] + [source.removeprefix("artifact:") for source in sources]
+    kept = {*keys[:5], *keys[10:15]}
+
+    class Stubborn(FakeArtifacts):
+        async def delete(self, key: str) -> None:
+            if key in kept:
+                raise StoreRefusedError(f"{key} may not be deleted")
+            await super().delete(key)
+
+    artifacts = Stubborn(dict.fromkeys(keys, b"x"))
+    step = pruner(store, artifacts)
+    refused = 0
+    for _ in range(12):
+        age_sources(sql)
+        try:
+            await step.prune()
+        except StoreRefusedError:
+            refused += 1
+    assert refused > 0
+    assert set(artifacts.objects) == kept
+    kept.clear()
+    age_sources(sql)
+    await pruner(store, artifacts).prune()
+    assert artifacts.objects == {}
 
 
 async def test_a_deletion_that_broke_off_is_done_again(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:

@@ -163,7 +163,7 @@ async def test_daemon_runs_the_engine(login: Callable[[str], str], sql: Sql) -> 
         await store.cache.end_copy(1)
         await store.cache.drop(1)
         await store.cache.trim(moment, 1, 1)
-        await store.cache.dropped(1)
+        await store.cache.dropped(0, 1)
         await store.cache.remove([1])
         assert await store.cache.is_empty()
         await store.set_daemon_status(daemon_id, "stopped")

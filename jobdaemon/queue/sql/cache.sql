@@ -29,9 +29,9 @@ UPDATE jobdaemon.cache SET dropped_at = now() WHERE id = $1 AND dropped_at IS NU
 SELECT jobdaemon.trim_cache($1, $2, $3);
 
 -- name: dropped
--- Up to $1 rows that were given up; one whose copying may not be over is left to the next look.
+-- Up to $2 rows above $1 that were given up; one whose copying may not be over is left to the next look.
 SELECT id, artifact FROM jobdaemon.cache
-WHERE dropped_at IS NOT NULL AND coalesce(copying_until, '-infinity') < now() ORDER BY id LIMIT $1;
+WHERE dropped_at IS NOT NULL AND coalesce(copying_until, '-infinity') < now() AND id > $1 ORDER BY id LIMIT $2;
 
 -- name: remove
 -- Their copies are gone.

@@ -5,8 +5,8 @@
 SELECT jobdaemon.retire_orders($1, $2);
 
 -- name: retired
--- Up to $1 retired orders, of which something may lie under work/ in the store.
-SELECT id FROM jobdaemon.orders WHERE retired_at IS NOT NULL AND pruned_at IS NULL ORDER BY id LIMIT $1;
+-- Up to $2 retired orders above $1, of which something may lie under work/ in the store.
+SELECT id FROM jobdaemon.orders WHERE retired_at IS NOT NULL AND pruned_at IS NULL AND id > $1 ORDER BY id LIMIT $2;
 
 -- name: pruned
 -- Nothing of these lies there any more.
@@ -25,8 +25,8 @@ SELECT source FROM jobdaemon.sources_to_delete($1, $2) AS source;
 DELETE FROM jobdaemon.idle_sources WHERE source = ANY ($1::text[]) AND deleting_at IS NOT NULL;
 
 -- name: sources_not_deleted
--- These are not, or it is not known: they stay idle, for the next one to delete.
-UPDATE jobdaemon.idle_sources SET deleting_at = NULL WHERE source = ANY ($1::text[]);
+-- These are not, or it is not known: they wait again, behind all others.
+UPDATE jobdaemon.idle_sources SET deleting_at = NULL, idle_since = clock_timestamp() WHERE source = ANY ($1::text[]);
 
 -- name: remove
 -- Removes rows of retired orders that ended $1 seconds ago, $2 at most; says how many.
