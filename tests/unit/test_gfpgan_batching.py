@@ -89,6 +89,34 @@ def test_who_kills_twice_alone_is_guilty(waiting: Waiting, loop: asyncio.Abstrac
     assert waiting.take_all() == []
 
 
+@pytest.mark.parametrize("leaves", ["turned away", "cancelled"])
+def test_a_suspect_that_comes_back_is_known(waiting: Waiting, loop: asyncio.AbstractEventLoop, leaves: str) -> None:
+    """What it did before counts, whoever holds its pixels now; one that came through is an innocent again."""
+    evil, innocent = (Crop(np.full((1, 1, 3), value, np.uint8), loop.create_future(), 0) for value in (1, 2))
+    waiting.add([evil, innocent])
+    for _ in range(2):  # both, then the first alone
+        assert waiting.died(waiting.next_batch(1)) == []
+        waiting.ended()
+    if leaves == "turned away":
+        assert waiting.take_all() == [innocent, evil]
+    else:
+        evil.restored.cancel()
+        innocent.restored.cancel()
+    assert waiting.next_batch(1) == []
+    evil, innocent = (Crop(crop.pixels, loop.create_future(), 2) for crop in (evil, innocent))
+    waiting.add([innocent, *crops(loop, 2, at=2), evil])
+    assert (innocent.is_suspect, innocent.deaths_alone, evil.is_suspect, evil.deaths_alone) == (True, 0, True, 1)
+    assert waiting.next_batch(3) == [innocent]
+    waiting.ended()
+    batch = waiting.next_batch(3)
+    assert waiting.died(batch) == [evil]
+    waiting.ended()
+    # Given up, it comes back with the next attempt of its photo: alone at once, and with all its chances.
+    evil, innocent = (Crop(crop.pixels, loop.create_future(), 4) for crop in (evil, innocent))
+    waiting.add([evil, innocent])
+    assert (evil.is_suspect, evil.deaths_alone, innocent.is_suspect) == (True, 0, False)
+
+
 def test_what_is_put_back_goes_first(waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
     """In its old order."""
     given = crops(loop, 5)
