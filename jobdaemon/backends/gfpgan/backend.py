@@ -113,7 +113,8 @@ class GfpganBackend:
         self._rules = rules
         self._limits = limits or PhotoLimits()
         self._detector = FaceDetector()
-        self._restorer = Restorer(rules.command(), RestorerRules(rules.crops_at_once, rules.max_wait, rules.timeout))
+        fed = RestorerRules(rules.crops_at_once, rules.max_wait, rules.timeout, compiles=rules.compile)
+        self._restorer = Restorer(rules.command(), fed)
         self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="beautify")
         self._loaded = Loaded("gfpgan", rules.device)
         if threads > 1:

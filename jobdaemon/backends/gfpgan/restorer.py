@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 #: Less than a service manager waits for a start.
 _LOAD_TIMEOUT_S = 80.0
-#: Compiling for a new kind of device takes minutes.
-_WARM_UP_TIMEOUT_S = 900.0
+#: Libraries may translate their kernels for a device that they do not know yet; torch.compile takes longer.
+_WARM_UP_TIMEOUT_S, _COMPILE_TIMEOUT_S = 300.0, 900.0
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
 _LONGEST_MEMORY_REST_S = 10.0
 #: A start takes some seconds: for so long crops wait for a device, then their attempts are put off.
@@ -50,11 +50,13 @@ class RestorerRules:
         batch: most crops of a batch.
         max_wait: how long a crop waits for company while the device has nothing to do.
         timeout: a child that has a batch for longer hangs, and is killed.
+        compiles: a child fuses the network before it is ready, which takes a minute or more.
     """
 
     batch: int
     max_wait: timedelta
     timeout: timedelta
+    compiles: bool = False
 
 
 class Restorer:
@@ -83,16 +85,23 @@ class Restorer:
 
     async def start(self) -> Loaded:
         """
-        Start the first child, and say what it has loaded; it may still be warming up.
+        Start the first child, and say what it has loaded.
+
+        It has warmed up then, so that a device on which nothing can be computed is found at once; unless that takes too long for
+        a start to wait for, as compiling does.
 
         Raises:
             RefusedError: it cannot work with these settings on this machine.
-            DeviceFailedError: it died or hung before it had loaded anything.
+            DeviceFailedError: it died over it, or hung before it had loaded anything.
         """
-        self._down_since_s = asyncio.get_running_loop().time()
+        started_s = self._down_since_s = asyncio.get_running_loop().time()
         try:
             self._child = await RestorerProcess.begin(self._command, batch=self._rules.batch)
             loaded = await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
+            if not self._rules.compiles:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(started_s + _LOAD_TIMEOUT_S):
+                        await self._warmed_up(self._child)
         except (ChildDiedError, OSError) as error:
             raise DeviceFailedError(f"The process that restores faces does not start: {error}.") from error
         self._log("the face restorer has loaded", model=loaded.model, device=loaded.device)
@@ -161,12 +170,15 @@ class Restorer:
             if self._child is None:
                 self._child = await RestorerProcess.begin(self._command, batch=self._rules.batch)
                 await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
-            await self._child.ready(timeout_s=_WARM_UP_TIMEOUT_S)
+            await self._warmed_up(self._child)
             self._log("the face restorer is ready")
             self._come_up(self._child)
             return await asyncio.shield(self._child.died)
         except Exception as error:  # noqa: BLE001 - whatever came of this one, the next is started
             return str(error)
+
+    async def _warmed_up(self, child: RestorerProcess) -> None:
+        await child.ready(timeout_s=_COMPILE_TIMEOUT_S if self._rules.compiles else _WARM_UP_TIMEOUT_S)
 
     def _rest_s(self) -> float:
         """Before the next start: none after the first death since something was restored."""
