@@ -31,10 +31,11 @@ Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
 class Inverter:
     """A Network."""
 
-    name = "inverter-1"
-
     def __init__(self, wanted: argparse.Namespace) -> None:
+        self.name = "inverter-1"
         self.device = wanted.device
+        if Path(self.device).is_file():
+            self.name = Path(self.device).read_text(encoding="utf-8")
         self._journal: Path = wanted.weights
         self._channel: int = wanted.channel
 

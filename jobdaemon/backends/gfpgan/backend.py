@@ -93,6 +93,7 @@ class _Work:
 
     photo: Photo
     faces: Sequence[Face]
+    by: Loaded
     restored: int = 0
 
 
@@ -116,7 +117,6 @@ class GfpganBackend:
         fed = RestorerRules(rules.crops_at_once, rules.max_wait, rules.timeout, compiles=rules.compile)
         self._restorer = Restorer(rules.command(), fed)
         self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="beautify")
-        self._loaded = Loaded("gfpgan", rules.device)
         if threads > 1:
             # OpenCV splits every operation over all cores; with several photos at once that only adds waiting.
             cv2.setNumThreads(1)
@@ -129,15 +129,22 @@ class GfpganBackend:
             RefusedError: it cannot work with these settings on this machine.
             DeviceFailedError: it died or hung over it.
         """
-        loaded = await self._restorer.start()
-        sha256 = self._rules.sha256
-        # The name of a file that nobody released says little.
-        model = loaded.model if sha256 is None or sha256 in KNOWN_SHA256 else f"{loaded.model}-{sha256[:8]}"
-        self._loaded = Loaded(model, loaded.device)
+        await self._restorer.start()
         return self._loaded
 
     def __str__(self) -> str:
         return f"gfpgan ({self._loaded.model} on {self._loaded.device})"
+
+    @property
+    def _loaded(self) -> Loaded:
+        """What restores now: after the child has started again it may be another file, or device, than before."""
+        loaded = self._restorer.loaded
+        if loaded is None:
+            return Loaded("gfpgan", self._rules.device)
+        sha256 = self._rules.sha256
+        # The name of a file that nobody released says little.
+        model = loaded.model if sha256 is None or sha256 in KNOWN_SHA256 else f"{loaded.model}-{sha256[:8]}"
+        return Loaded(model, loaded.device)
 
     async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
         """Restore one photo's faces; faces too small for it, and all when *strength* is 0, are counted as unrestored."""
@@ -158,8 +165,8 @@ class GfpganBackend:
             height=work.photo.height,
             faces=work.restored,
             unrestored=len(work.faces) - work.restored,
-            model=self._loaded.model,
-            device=self._loaded.device,
+            model=work.by.model,
+            device=work.by.device,
         )
 
     async def close(self) -> None:
@@ -171,6 +178,7 @@ class GfpganBackend:
         """Restore some faces of a photo, and put them back."""
         aligned = await self._in_thread(lambda: self._aligned(work.photo, faces))
         restored = await self._restorer.restore([face.crop for face in aligned])
+        work.by = self._loaded
         pairs = list(zip(aligned, restored, strict=True))
         await self._in_thread(lambda: self._pasted(work.photo, pairs, strength))
         work.restored += len(pairs)
@@ -181,7 +189,7 @@ class GfpganBackend:
     def _opened(self, content: bytes) -> _Work:
         photo = read_photo(content, limits=self._limits)
         with _memory_for(photo):
-            return _Work(photo, self._detector.detect(photo.pixels))
+            return _Work(photo, self._detector.detect(photo.pixels), self._loaded)
 
     def _aligned(self, photo: Photo, faces: Sequence[Face]) -> list[AlignedFace]:
         with _memory_for(photo):

@@ -76,8 +76,10 @@ def load_network(wanted: argparse.Namespace) -> Network:
         import torch  # noqa: PLC0415 - see the module docstring
     except ImportError as error:
         raise LacksDeviceError(f"beautify.backend: gfpgan needs torch, which is not installed here ({error})") from error
-    if wanted.device.startswith("cuda") and int(wanted.device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        text = f'"{wanted.device}", but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here'
+    # Devices are also counted where none can be used, for want of a driver that fits torch.
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.device.startswith("cuda") and int(wanted.device.partition(":")[2] or 0) >= found:
+        text = f'"{wanted.device}", but torch {torch.__version__} finds {found} CUDA devices here'
         raise LacksDeviceError(f'beautify.device: is {text}; "cpu" works too, some seconds a face')
     from jobdaemon.backends.gfpgan.network import FaceNetwork  # noqa: PLC0415 - imports torch
 

@@ -71,6 +71,8 @@ class Restorer:
         self._rules = rules
         self._waiting = Waiting(rules.batch, rules.max_wait.total_seconds())
         self._changed = asyncio.Event()
+        #: By the child there is, or by the last one: the file may be another one at the next start.
+        self.loaded: Loaded | None = None
         #: The child there is, be it loading or dying; and the one that can be given work.
         self._child: RestorerProcess | None = None
         self._life: RestorerProcess | None = None
@@ -97,7 +99,7 @@ class Restorer:
         started_s = self._down_since_s = asyncio.get_running_loop().time()
         try:
             self._child = await RestorerProcess.begin(self._command, batch=self._rules.batch)
-            loaded = await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
+            loaded = self.loaded = await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
             if not self._rules.compiles:
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(started_s + _LOAD_TIMEOUT_S):
@@ -169,9 +171,9 @@ class Restorer:
         try:
             if self._child is None:
                 self._child = await RestorerProcess.begin(self._command, batch=self._rules.batch)
-                await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
+                self.loaded = await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
             await self._warmed_up(self._child)
-            self._log("the face restorer is ready")
+            self._log("the face restorer is ready", model=self.loaded and self.loaded.model)
             self._come_up(self._child)
             return await asyncio.shield(self._child.died)
         except Exception as error:  # noqa: BLE001 - whatever came of this one, the next is started
