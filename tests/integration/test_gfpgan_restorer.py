@@ -164,9 +164,9 @@ async def test_short_memory_is_waited_for_and_then_put_off(journal: Path, monkey
     monkeypatch.setattr(module, "_PATIENCE_S", 1.0)
     async with restorer(journal, batch=2) as made:
         await is_up(made)
-        with pytest.raises(PutOffError) as caught:
+        with pytest.raises(PutOffError, match=r"with at the moment \(The device is full\)") as caught:
             await made.restore([crop(FILLS_MEMORY)])
-        assert caught.value.retry_after is not None
+        assert caught.value.retry_after == timedelta(seconds=10)
         assert len(batches(journal)) > 1
         # The child has lived on, and works when its memory is back.
         made._rest_until_s = 0.0
@@ -183,8 +183,13 @@ async def test_a_child_that_cannot_come_back_puts_off(journal: Path, monkeypatch
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(PutOffError):
             await made.restore([crop(20)])
-        with pytest.raises(PutOffError):
+        with pytest.raises(PutOffError, match=r"with at the moment \(There is no such device\)"):
             made.require_device()
+        assert made._down_since_s is not None
+        made._down_since_s -= 3_600  # that long: it is asked less often
+        with pytest.raises(PutOffError) as caught:
+            made.require_device()
+        assert caught.value.retry_after == timedelta(seconds=60)
         async with asyncio.timeout(5):  # far less than the patience of a start
             with pytest.raises(PutOffError):
                 await made.restore([crop(20)])
