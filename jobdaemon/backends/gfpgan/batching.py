@@ -4,10 +4,11 @@ Which crops go to the device next: pure, given what waits, what runs and the tim
 Faces of several photos share a batch. A full batch goes at once; one that is not full goes when the device has nothing to do and
 its oldest crop has waited long enough for company. While a batch is on the device the next one gathers.
 
-Whose company died with the process is a suspect. Suspects come before all else, one at a time with nothing beside them, so that
-the next death says who is to blame: an innocent crop loses nothing but time by a neighbour that kills. A suspect that leaves
-without having been cleared is known again when it comes back, as it does in a later attempt of its photo: or a start that takes
-longer than anybody waits would have every death hit the whole company anew, and nobody ever found to blame.
+Whose company died with the process is a suspect. Suspects go one at a time with nothing beside them, so that the next death says
+who is to blame: an innocent crop loses nothing but time by a neighbour that kills. They take turns with batches of whoever came
+since, whom a few that kill would keep waiting for minutes otherwise, while process after process is started. A suspect that
+leaves without having been cleared is known again when it comes back, as it does in a later attempt of its photo: or a start that
+takes longer than anybody waits would have every death hit the whole company anew, and nobody ever found to blame.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Waiting:
     _fresh: deque[Crop] = field(default_factory=deque)
     _suspects: deque[Crop] = field(default_factory=deque)
     _is_alone: bool = False
+    _is_turn_of_suspects: bool = True
     #: Digests of suspects that left, and how many processes died while they were alone; the latest last.
     _remembered: dict[bytes, int] = field(default_factory=dict)
 
@@ -141,11 +143,16 @@ class Waiting:
         if self._is_alone or self.running == SLOTS:
             return []
         if self._suspects:
-            return [] if self.running else [self._suspects.popleft()]
+            if self.running:
+                return []
+            is_their_turn = self._is_turn_of_suspects or not self._fresh
+            self._is_turn_of_suspects = not is_their_turn
+            return [self._suspects.popleft()] if is_their_turn else self._next_fresh()
         is_full = len(self._fresh) >= self.batch
-        if is_full or self.due_in(now) == 0.0:
-            return [self._fresh.popleft() for _ in range(min(self.batch, len(self._fresh)))]
-        return []
+        return self._next_fresh() if is_full or self.due_in(now) == 0.0 else []
+
+    def _next_fresh(self) -> list[Crop]:
+        return [self._fresh.popleft() for _ in range(min(self.batch, len(self._fresh)))]
 
     def _remember(self, crop: Crop, *, deaths_alone: int) -> None:
         self._remembered[crop.digest()] = deaths_alone
