@@ -21,7 +21,7 @@ import cv2
 
 from jobdaemon.backends.faces import Face, FaceDetector, Pixels
 from jobdaemon.backends.gfpgan.geometry import AlignedFace, align_face, paste_faces
-from jobdaemon.backends.gfpgan.process import CHILD, Loaded
+from jobdaemon.backends.gfpgan.process import Loaded, child_command
 from jobdaemon.backends.gfpgan.restorer import Restorer, RestorerRules
 from jobdaemon.backends.gfpgan.weights import KNOWN_SHA256
 from jobdaemon.errors import DeviceMemoryError
@@ -69,7 +69,7 @@ class GfpganRules:
 
     def command(self) -> list[str]:
         """What starts the child."""
-        command = [*CHILD, "--weights", str(self.weights), "--device", self.device]
+        command = [*child_command(), "--weights", str(self.weights), "--device", self.device]
         command += ["--sha256", self.sha256] if self.sha256 else []
         command += ["--dtype", self.dtype] if self.dtype else []
         command += ["--compute", str(self.batch)] if self.batch and self.device != "cpu" else []

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jobdaemon.backends.gfpgan.frames import MAX_MESSAGE_BYTES, Frames, open_memory
@@ -20,7 +21,13 @@ from jobdaemon.errors import SettingsError
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-CHILD = (sys.executable, "-m", "jobdaemon.backends.gfpgan.child")
+
+def child_command() -> list[str]:
+    """What starts a child, from where this process has its own modules: not from the current folder, unless it has."""
+    # -m alone looks there first: for another version of this package, or for a torch.py that somebody laid into /tmp.
+    is_safe = str(Path.cwd()) not in sys.path and "" not in sys.path
+    return [sys.executable, *(["-P"] if is_safe else []), "-m", "jobdaemon.backends.gfpgan.child"]
+
 
 #: What the child writes goes into the daemon's log: so many characters of a line, so many lines in a life.
 _MAX_LINE = 1_000
