@@ -33,6 +33,7 @@ from tests.integration.gfpgan_stand_in import (
     RAISES,
     SIGNALS,
     SLEEPS,
+    TEARS,
 )
 
 STAND_IN = Path(__file__).with_name("gfpgan_stand_in.py")
@@ -271,9 +272,10 @@ async def test_a_start_waits_for_no_long_warm_up(journal: Path, monkeypatch: pyt
         (RAISES, "RuntimeError: CUDA error: an illegal memory access was encountered"),
         (ABORTS, "CUDA error: an illegal memory access was encountered"),
         (KILLS, "signal SIGKILL"),
+        (TEARS, "signal SIGKILL"),
         (SIGNALS, f"signal {signal.SIGRTMIN + 5}"),
     ],
-    ids=["raises", "aborts", "kills", "signals"],
+    ids=["raises", "aborts", "kills", "kills-amid-a-word", "signals"],
 )
 async def test_a_death_is_told_in_one_line(journal: Path, evil: int, reason: str) -> None:
     """What the process died of, not what happened to be printed last."""

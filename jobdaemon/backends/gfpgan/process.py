@@ -250,7 +250,7 @@ class RestorerProcess:
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:
-            while line := await reader.readline():
+            while (line := await reader.readline()).endswith(b"\n"):  # half a line is all that came of it before it died
                 self._hear(json.loads(line))
         except (ValueError, KeyError, TypeError, asyncio.InvalidStateError) as error:
             self.kill(f"it talked nonsense ({type(error).__name__})")
