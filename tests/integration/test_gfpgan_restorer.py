@@ -215,7 +215,7 @@ async def test_a_bad_face_is_found_though_a_start_takes_longer_than_anybody_wait
                 continue
 
     async with restorer(journal, batch=4, max_wait_s=0.3) as made:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(100):
             photos = [[crop(20)], [crop(KILLS)], [crop(30), crop(31)]]
             results = await asyncio.gather(*(attempts(made, crops) for crops in photos), return_exceptions=True)
     for crops, result in zip(photos, results, strict=True):
@@ -258,9 +258,9 @@ async def test_a_child_that_never_loads_refuses_the_start(journal: Path, monkeyp
 async def test_a_start_waits_for_no_long_warm_up(journal: Path, monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
     """Neither for one that takes longer than a start may, nor for a compiler; faces wait for it then."""
     if not compiles:
-        monkeypatch.setattr(module, "_LOAD_TIMEOUT_S", 2.0)
+        monkeypatch.setattr(module, "_LOAD_TIMEOUT_S", 8.0)
     made = Restorer(command(journal, "slow"), RestorerRules(1, timedelta(0), timedelta(seconds=5), compiles=compiles))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         assert (await made.start()).device == "slow"
     assert made._life is None
     await made.close()
