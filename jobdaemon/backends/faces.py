@@ -38,6 +38,8 @@ NET_SHA256 = {
 
 #: Longest side of the copy that is searched, and of the second one when the first shows no face.
 SEARCH_SIDES_PX = (640, 1280)
+#: Of a longer photo the copy has as many pixels as one of this shape would: a panorama's would else be a line.
+_LONGEST_SHAPE = 3
 #: Smallest face looked for, on that copy.
 MIN_FACE_PX = 20
 
@@ -93,9 +95,11 @@ class FaceDetector:
         Args:
             pixels: (H, W, 3) uint8 RGB, any size.
         """
-        longest = max(pixels.shape[:2])
+        height, width = pixels.shape[:2]
+        # Of this and its shape's own, the shorter length is a copy's longest side.
+        length = min(max(height, width), (_LONGEST_SHAPE * height * width) ** 0.5)
         for side in SEARCH_SIDES_PX:
-            scale = min(1.0, side / longest)
+            scale = min(1.0, side / length)
             faces = self._search(_scaled_copy(pixels, scale), scale)
             if faces or scale == 1.0:
                 return faces

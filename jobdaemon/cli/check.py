@@ -20,7 +20,9 @@ _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 def check(as_json: AsJson = False, config: ConfigFile = None) -> None:
     """Check settings, database, schema, store and backend; exit code 1 when something is an error."""
     from jobdaemon.cli.findings import all_findings
+    from jobdaemon.logs import configure_logs
 
+    configure_logs(level="warning")  # what a part says when it is tried; unformatted it would be told without its contents
     findings = all_findings(config)
     if as_json:
         print_json([finding.as_row() for finding in findings])

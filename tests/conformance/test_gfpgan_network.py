@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,21 +212,32 @@ def test_no_face_is_no_work(network: FaceNetwork) -> None:
 class Device:
     """Stands for a device whose memory holds so many faces: instead of the network, it brightens pixels."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, holds: int, error: type[Exception] = torch.OutOfMemoryError) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, holds: int, error: Exception | None = None) -> None:
         self.batches: list[int] = []
         self.holds = holds
-        self.error = error
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory.")
         monkeypatch.setattr(OptimisedNetwork, "forward", lambda _, crops: self.forward(crops))
 
     def forward(self, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.batches.append(len(crops))
         if len(crops) > self.holds:
-            raise self.error("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
+            raise self.error
         return crops + 1, torch.ones(len(crops), dtype=torch.bool)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_batch_is_halved_when_memory_is_full(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to …"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate …"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=["torch", "linux", "elsewhere", "driver", "cublas", "cudnn"],
+)
+def test_batch_is_halved_when_memory_is_full(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Out of memory halves the batch until it fits; every face is restored in its place, and the smaller size stays."""
     device = Device(monkeypatch, holds=2, error=error)
     reports: list[str] = []
@@ -234,6 +247,37 @@ def test_batch_is_halved_when_memory_is_full(narrow: nn.Module, monkeypatch: pyt
     assert device.batches == [8, 4, 2, 2, 2]
     assert network.batch_size == 2
     assert [report.rsplit(" ", 1)[1] for report in reports] == ["4.", "2."]
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import torch
+from jobdaemon.backends.gfpgan.network import FaceNetwork
+
+torch.set_num_threads(1)
+alone, together = (FaceNetwork.load(Path(sys.argv[1]), sha256=sys.argv[2], device="cpu", batch_size=size) for size in (1, 16))
+crops = np.arange(16, dtype=np.uint8)[:, None, None, None] * np.ones((1, 512, 512, 3), np.uint8)
+one = alone.restore(crops[:1])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+restored = together.restore(crops)
+print(together.batch_size, np.abs(restored[0].astype(int) - one[0]).max())
+"""
+
+
+def test_batch_is_halved_when_the_kernel_gives_no_more(narrow: nn.Module, tmp_path: Path) -> None:
+    """The real thing, in a process that may have 300 MB more: every face comes out, in smaller batches."""
+    path = tmp_path / "narrow.pth"
+    sha256 = save_weights(narrow, path)
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(path), sha256]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    batch_size, difference = map(int, ended.stdout.split())
+    assert 1 <= batch_size < 16
+    assert difference <= 1
+    assert "ran out of memory with 16 faces at once" in ended.stderr
 
 
 def test_smaller_batch_is_not_compiled_again(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +307,7 @@ def test_memory_for_no_face_is_an_error(narrow: nn.Module, monkeypatch: pytest.M
 
 def test_other_failures_are_not_taken_for_missing_memory(narrow: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other error is the faces' at once."""
-    device = Device(monkeypatch, holds=0, error=ZeroDivisionError)
+    device = Device(monkeypatch, holds=0, error=ZeroDivisionError())
     with pytest.raises(FacesFailedError, match="ZeroDivisionError"):
         FaceNetwork(narrow, device="cpu", batch_size=2).restore(faces(1))
     assert device.batches == [2]

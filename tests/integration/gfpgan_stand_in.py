@@ -18,27 +18,41 @@ from jobdaemon.backends.gfpgan.frames import FacesFailedError, Pixels
 from jobdaemon.errors import DeviceMemoryError, RetryableError, SettingsError
 
 #: First values of crops that do something.
-KILLS, HANGS, BABBLES, FILLS_MEMORY, RAISES, SLEEPS, FAILS, IS_UNSOUND = 1, 2, 3, 4, 5, 6, 7, 8
+KILLS, HANGS, BABBLES, FILLS_MEMORY, RAISES, SLEEPS, FAILS, IS_UNSOUND, ABORTS, SIGNALS, TEARS = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+
+#: As CUDA words its errors: the last line is always the same.
+CUDA_ERROR = """CUDA error: an illegal memory access was encountered
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
 
 
 class Inverter:
     """A Network."""
 
-    name = "inverter-1"
-
     def __init__(self, wanted: argparse.Namespace) -> None:
+        self.name = "inverter-1"
         self.device = wanted.device
+        if Path(self.device).is_file():
+            self.name = Path(self.device).read_text(encoding="utf-8")
         self._journal: Path = wanted.weights
         self._channel: int = wanted.channel
 
     def warm_up(self) -> None:
         print("warming up")  # noqa: T201 - what a library may do
+        if self.device == "useless":
+            raise RuntimeError(CUDA_ERROR)
+        if self.device == "slow":
+            time.sleep(600)
 
     def restore(self, crops: Pixels) -> Pixels:
         first = [int(value) for value in crops[:, 0, 0, 0]]
         with self._journal.open("a", encoding="utf-8") as journal:
             journal.write(" ".join(map(str, first)) + "\n")
-        if KILLS in first:
+        if TEARS in first:
+            os.write(self._channel, b'{"told": "resto')
+        if KILLS in first or TEARS in first:
             os.kill(os.getpid(), signal.SIGKILL)
         if HANGS in first:
             time.sleep(600)
@@ -47,7 +61,13 @@ class Inverter:
         if FILLS_MEMORY in first:
             raise DeviceMemoryError("The device is full.")
         if RAISES in first:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError(CUDA_ERROR)
+        if ABORTS in first:
+            print("terminate called after throwing an instance of 'c10::AcceleratorError'", file=sys.stderr)  # noqa: T201
+            print(f"  what():  {CUDA_ERROR}", file=sys.stderr)  # noqa: T201 - as the runtime of C++ does
+            os.abort()
+        if SIGNALS in first:
+            os.kill(os.getpid(), signal.SIGRTMIN + 5)
         if FAILS in first:
             raise RetryableError("No numbers came out.")
         if IS_UNSOUND in first:

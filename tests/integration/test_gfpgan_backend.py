@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tests.gfpgan_weights import Weights, narrow_weights
 __all__ = ["narrow_weights"]
 
 PORTRAIT = (Path(__file__).parents[1] / "data" / "astronaut.png").read_bytes()
+STAND_IN = Path(__file__).with_name("gfpgan_stand_in.py")
 pytestmark = pytest.mark.newest_postgres
 
 
@@ -126,6 +128,33 @@ def test_a_child_without_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--channel", "0", "--memory", "0", "--parent", "0", "--batch", "1", "--weights", "x.pth", "--device", "cuda"]
     with pytest.raises(child.LacksDeviceError, match="torch, which is not installed"):
         child.load_network(child._parsed(arguments))
+
+
+def test_a_device_that_cannot_be_used_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card is still counted after its driver broke, or was replaced by one that torch does not know: so auto is not gfpgan."""
+    cuda = SimpleNamespace(device_count=lambda: 1, is_available=lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2.13.0", cuda=cuda))
+    arguments = ["--channel", "0", "--memory", "0", "--parent", "0", "--batch", "1", "--weights", "x.pth", "--device", "cuda"]
+    with pytest.raises(child.LacksDeviceError, match=r'beautify.device: is "cuda", but torch .* finds 0 CUDA devices here'):
+        child.load_network(child._parsed(arguments))
+
+
+async def test_the_result_names_what_restored_it(tmp_path: Path) -> None:
+    """A child that comes back may have found another released file under the same name; what it makes is labelled so."""
+    names = tmp_path / "model"
+    names.write_text("GFPGANv1.3")
+    made = GfpganBackend(GfpganRules(tmp_path / "journal", device=str(names)))
+    made._restorer._command = [sys.executable, str(STAND_IN), "--weights", str(tmp_path / "journal"), "--device", str(names)]
+    await made.start()
+    try:
+        assert (await made.beautify(PORTRAIT, strength=0.7)).model == "GFPGANv1.3"
+        names.write_text("GFPGANv1.4")
+        assert made._restorer._life is not None
+        os.kill(made._restorer._life.pid, signal.SIGKILL)
+        await until(lambda: made._restorer._life is None)
+        assert (await made.beautify(PORTRAIT, strength=0.7)).model == "GFPGANv1.4"
+    finally:
+        await made.close()
 
 
 MEMORY = """

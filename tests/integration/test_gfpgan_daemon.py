@@ -94,8 +94,11 @@ def until(condition: Callable[[], object], what: str, timeout_s: float = 90.0) -
 
 
 def events(log: Path) -> list[dict[str, Any]]:
-    lines = log.read_text(errors="replace").splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    return events_of(log.read_text(errors="replace"))
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
 
 
 GONE, READY = "the face restorer is gone", "the face restorer is ready"
@@ -283,6 +286,19 @@ def test_check_names_model_and_device(
     state, message = found(JOBDAEMON_BEAUTIFY__WEIGHTS="/none.pth")
     assert state == "error"
     assert "There is no weights file /none.pth" in message
+
+
+def test_the_child_runs_nothing_of_the_current_folder(environ: dict[str, str], tmp_path: Path) -> None:
+    """A module that lies where a command is called is not imported by the child either, and all it says is told whole."""
+    for name in ("torch.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('this is not what was installed')")
+    command = [sys.executable, "-P", "-m", "jobdaemon", "check", "--json"]
+    ended = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert [row["state"] for row in json.loads(ended.stdout) if row["check"] == "backend"] == ["ok"]
+    assert "Traceback" not in ended.stderr
+    says = environ | {"PYTHONWARNINGS": "nonsense"}  # of which Python complains at its start
+    ended = subprocess.run(command, env=says, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert any("Invalid -W option ignored" in told["line"] for told in events_of(ended.stderr) if "line" in told)
 
 
 @pytest.mark.parametrize(

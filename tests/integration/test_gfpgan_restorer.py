@@ -22,7 +22,19 @@ from jobdaemon.backends.gfpgan.process import RefusedError
 from jobdaemon.backends.gfpgan.restorer import Restorer, RestorerRules
 from jobdaemon.errors import DeviceFailedError, PutOffError
 from tests.daemons import until
-from tests.integration.gfpgan_stand_in import BABBLES, FAILS, FILLS_MEMORY, HANGS, IS_UNSOUND, KILLS, RAISES, SLEEPS
+from tests.integration.gfpgan_stand_in import (
+    ABORTS,
+    BABBLES,
+    FAILS,
+    FILLS_MEMORY,
+    HANGS,
+    IS_UNSOUND,
+    KILLS,
+    RAISES,
+    SIGNALS,
+    SLEEPS,
+    TEARS,
+)
 
 STAND_IN = Path(__file__).with_name("gfpgan_stand_in.py")
 pytestmark = pytest.mark.newest_postgres
@@ -153,9 +165,9 @@ async def test_short_memory_is_waited_for_and_then_put_off(journal: Path, monkey
     monkeypatch.setattr(module, "_PATIENCE_S", 1.0)
     async with restorer(journal, batch=2) as made:
         await is_up(made)
-        with pytest.raises(PutOffError) as caught:
+        with pytest.raises(PutOffError, match=r"with at the moment \(The device is full\)") as caught:
             await made.restore([crop(FILLS_MEMORY)])
-        assert caught.value.retry_after is not None
+        assert caught.value.retry_after == timedelta(seconds=10)
         assert len(batches(journal)) > 1
         # The child has lived on, and works when its memory is back.
         made._rest_until_s = 0.0
@@ -172,8 +184,13 @@ async def test_a_child_that_cannot_come_back_puts_off(journal: Path, monkeypatch
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(PutOffError):
             await made.restore([crop(20)])
-        with pytest.raises(PutOffError):
+        with pytest.raises(PutOffError, match=r"with at the moment \(There is no such device\)"):
             made.require_device()
+        assert made._down_since_s is not None
+        made._down_since_s -= 3_600  # that long: it is asked less often
+        with pytest.raises(PutOffError) as caught:
+            made.require_device()
+        assert caught.value.retry_after == timedelta(seconds=60)
         async with asyncio.timeout(5):  # far less than the patience of a start
             with pytest.raises(PutOffError):
                 await made.restore([crop(20)])
@@ -183,15 +200,46 @@ async def test_a_child_that_cannot_come_back_puts_off(journal: Path, monkeypatch
         assert came_out([crop(20)], await made.restore([crop(20)]))
 
 
+async def test_a_bad_face_is_found_though_a_start_takes_longer_than_anybody_waits(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody is put off at each death and comes back; the innocent get through, and the bad one is given up in the end."""
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
+
+    async def attempts(made: Restorer, crops: list[Pixels]) -> list[Pixels]:
+        while True:
+            await is_up(made)
+            try:
+                return await made.restore(crops)
+            except PutOffError:
+                continue
+
+    async with restorer(journal, batch=4, max_wait_s=0.3) as made:
+        async with asyncio.timeout(100):
+            photos = [[crop(20)], [crop(KILLS)], [crop(30), crop(31)]]
+            results = await asyncio.gather(*(attempts(made, crops) for crops in photos), return_exceptions=True)
+    for crops, result in zip(photos, results, strict=True):
+        if crops[0][0, 0, 0] == KILLS:
+            assert isinstance(result, DeviceFailedError)
+        else:
+            assert not isinstance(result, BaseException)
+            assert came_out(crops, result)
+
+
 @pytest.mark.parametrize(
     ("device", "says", "lacks_device"),
-    [("none", "There is no such device", True), ("damaged", "The weights are damaged", False), ("dies", "SIGSEGV", False)],
+    [
+        ("none", "There is no such device", True),
+        ("damaged", "The weights are damaged", False),
+        ("dies", "SIGSEGV", False),
+        ("useless", "does not start: .*illegal memory access", False),
+    ],
 )
 async def test_a_child_that_cannot_load_refuses_the_start(journal: Path, device: str, says: str, lacks_device: bool) -> None:
     """One sentence that says why; and whether it is for want of a device."""
     made = Restorer(command(journal, device), RestorerRules(1, timedelta(0), timedelta(seconds=5)))
     # Settings are an operator's to mend, and nothing starts until then; a death may pass, and a service manager tries again.
-    with pytest.raises(DeviceFailedError if device == "dies" else RefusedError, match=says) as caught:
+    with pytest.raises(DeviceFailedError if device in ("dies", "useless") else RefusedError, match=says) as caught:
         await made.start()
     await made.close()
     assert getattr(caught.value, "lacks_device", False) == lacks_device
@@ -204,6 +252,46 @@ async def test_a_child_that_never_loads_refuses_the_start(journal: Path, monkeyp
     with pytest.raises(DeviceFailedError, match="no answer for 1 s while loading"):
         await made.start()
     await made.close()
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+async def test_a_start_waits_for_no_long_warm_up(journal: Path, monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
+    """Neither for one that takes longer than a start may, nor for a compiler; faces wait for it then."""
+    if not compiles:
+        monkeypatch.setattr(module, "_LOAD_TIMEOUT_S", 8.0)
+    made = Restorer(command(journal, "slow"), RestorerRules(1, timedelta(0), timedelta(seconds=5), compiles=compiles))
+    async with asyncio.timeout(60):
+        assert (await made.start()).device == "slow"
+    assert made._life is None
+    await made.close()
+
+
+@pytest.mark.parametrize(
+    ("evil", "reason"),
+    [
+        (RAISES, "RuntimeError: CUDA error: an illegal memory access was encountered"),
+        (ABORTS, "CUDA error: an illegal memory access was encountered"),
+        (KILLS, "signal SIGKILL"),
+        (TEARS, "signal SIGKILL"),
+        (SIGNALS, f"signal {signal.SIGRTMIN + 5}"),
+    ],
+    ids=["raises", "aborts", "kills", "kills-amid-a-word", "signals"],
+)
+async def test_a_death_is_told_in_one_line(journal: Path, evil: int, reason: str) -> None:
+    """What the process died of, not what happened to be printed last."""
+    async with restorer(journal) as made:
+        with pytest.raises(DeviceFailedError) as caught:
+            await made.restore([crop(evil)])
+    assert str(caught.value) == f"The face could not be restored: it died ({reason})."
+
+
+async def test_a_child_that_is_not_waited_for_ends_quietly(journal: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A stop while it loads or warms up is nothing to write tracebacks about."""
+    for _ in range(3):
+        made = Restorer(command(journal), RestorerRules(1, timedelta(0), timedelta(seconds=5), compiles=True))
+        await made.start()
+        await made.close()
+    assert not [record for record in caplog.records if "Traceback" in getattr(record, "line", "")]
 
 
 async def test_the_signals_of_a_terminal_do_not_end_it(journal: Path) -> None:

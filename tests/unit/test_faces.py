@@ -127,6 +127,20 @@ def test_small_face_in_a_large_photo_is_found_on_the_second_look(detector: FaceD
     assert np.hypot(*(centre - (LANDMARKS.mean(axis=0) * 0.75 + (1500, 800)))) < 8
 
 
+@pytest.mark.parametrize("size", [(1500, 9000), (200, 20_000)])
+def test_faces_of_a_panorama_are_found_where_they_are(detector: FaceDetector, size: tuple[int, int]) -> None:
+    """A long photo is not searched on a copy that is a line."""
+    height, width = size
+    photo = np.full((height, width, 3), 160, np.uint8)
+    places = [width // 9, width // 2, width - 600]
+    for place in places:
+        photo[:200, place : place + 200] = astronaut()[:200, 120:320]
+    faces = sorted(detector.detect(photo), key=lambda face: face.box[0])
+    assert len(faces) == len(places)
+    for face, place in zip(faces, places, strict=True):
+        assert np.hypot(*(face.landmarks.mean(axis=0) - LANDMARKS.mean(axis=0) - (place - 120, 0))) < 8
+
+
 def test_odd_sides_move_no_face(detector: FaceDetector) -> None:
     """A face far from the first pixel of a photo whose sides cannot be halved evenly is found where it is."""
     photo = np.full((2003, 3005, 3), 160, np.uint8)
@@ -179,7 +193,7 @@ def test_nothing_is_found_where_there_is_no_face(detector: FaceDetector) -> None
         assert detector.detect(pixels) == []
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (64, 3000), (3000, 64), (13, 13), (5, 700)])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 3000), (3000, 64), (13, 13), (5, 700), (64, 65_500)])
 def test_odd_shapes_are_searched_without_error(detector: FaceDetector, shape: tuple[int, int]) -> None:
     """A photo of any proportion is searched."""
     assert detector.detect(np.zeros((*shape, 3), np.uint8)) == []

@@ -56,10 +56,10 @@ def test_a_face_nobody_wants_never_goes(waiting: Waiting, loop: asyncio.Abstract
     assert waiting.next_batch(0) == given[1:]
 
 
-def test_suspects_go_first_and_alone(waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
+def test_suspects_go_alone(waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
     """Nothing is on the device beside them, neither before nor after they were sent."""
     first, second = crops(loop, 3), crops(loop, 3)
-    waiting.add([*first, *second, *crops(loop, 3)])
+    waiting.add([*first, *second])
     assert [waiting.next_batch(0), waiting.next_batch(0)] == [first, second]
     assert waiting.died(first) == []
     waiting.ended()
@@ -68,9 +68,31 @@ def test_suspects_go_first_and_alone(waiting: Waiting, loop: asyncio.AbstractEve
     waiting.ended()
     for crop in [*first, *second]:
         assert waiting.next_batch(9) == [crop]
+        waiting.add(crops(loop, 3))
         assert waiting.next_batch(9) == []
         waiting.ended()
-    assert len(waiting.next_batch(9)) == 3
+        assert len(waiting.next_batch(9)) == 3
+        assert waiting.next_batch(9) == []
+        waiting.ended()
+
+
+def test_suspects_hold_nobody_up(waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
+    """They take turns with whoever came since, so that each process does something for those before the next may die."""
+    evil = crops(loop, 3)
+    waiting.add(evil)
+    done, lives = 0, 0
+    while evil:
+        waiting.add(crops(loop, 3, at=lives))
+        batch = waiting.next_batch(lives)
+        if batch[0] in evil:
+            guilty = waiting.died(batch)
+            evil = [crop for crop in evil if crop not in guilty]
+            lives += 1
+        else:
+            done += len(batch)
+        waiting.ended()
+    assert lives == 1 + 2 * 3  # once together, twice each alone
+    assert done >= 3 * (lives - 2)
 
 
 def test_who_kills_twice_alone_is_guilty(waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
@@ -87,6 +109,34 @@ def test_who_kills_twice_alone_is_guilty(waiting: Waiting, loop: asyncio.Abstrac
         waiting.ended()
     assert (guilty, evil.deaths_alone, innocent.deaths_alone) == ([evil], 2, 0)
     assert waiting.take_all() == []
+
+
+@pytest.mark.parametrize("leaves", ["turned away", "cancelled"])
+def test_a_suspect_that_comes_back_is_known(waiting: Waiting, loop: asyncio.AbstractEventLoop, leaves: str) -> None:
+    """What it did before counts, whoever holds its pixels now; one that came through is an innocent again."""
+    evil, innocent = (Crop(np.full((1, 1, 3), value, np.uint8), loop.create_future(), 0) for value in (1, 2))
+    waiting.add([evil, innocent])
+    for _ in range(2):  # both, then the first alone
+        assert waiting.died(waiting.next_batch(1)) == []
+        waiting.ended()
+    if leaves == "turned away":
+        assert waiting.take_all() == [innocent, evil]
+    else:
+        evil.restored.cancel()
+        innocent.restored.cancel()
+    assert waiting.next_batch(1) == []
+    evil, innocent = (Crop(crop.pixels, loop.create_future(), 2) for crop in (evil, innocent))
+    waiting.add([innocent, evil])
+    assert (innocent.is_suspect, innocent.deaths_alone, evil.is_suspect, evil.deaths_alone) == (True, 0, True, 1)
+    assert waiting.next_batch(3) == [innocent]
+    waiting.ended()
+    batch = waiting.next_batch(3)
+    assert waiting.died(batch) == [evil]
+    waiting.ended()
+    # Given up, it comes back with the next attempt of its photo: alone at once, and with all its chances.
+    evil, innocent = (Crop(crop.pixels, loop.create_future(), 4) for crop in (evil, innocent))
+    waiting.add([evil, innocent])
+    assert (evil.is_suspect, evil.deaths_alone, innocent.is_suspect) == (True, 0, False)
 
 
 def test_what_is_put_back_goes_first(waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:

@@ -21,7 +21,7 @@ import cv2
 
 from jobdaemon.backends.faces import Face, FaceDetector, Pixels
 from jobdaemon.backends.gfpgan.geometry import AlignedFace, align_face, paste_faces
-from jobdaemon.backends.gfpgan.process import CHILD, Loaded
+from jobdaemon.backends.gfpgan.process import Loaded, child_command
 from jobdaemon.backends.gfpgan.restorer import Restorer, RestorerRules
 from jobdaemon.backends.gfpgan.weights import KNOWN_SHA256
 from jobdaemon.errors import DeviceMemoryError
@@ -69,7 +69,7 @@ class GfpganRules:
 
     def command(self) -> list[str]:
         """What starts the child."""
-        command = [*CHILD, "--weights", str(self.weights), "--device", self.device]
+        command = [*child_command(), "--weights", str(self.weights), "--device", self.device]
         command += ["--sha256", self.sha256] if self.sha256 else []
         command += ["--dtype", self.dtype] if self.dtype else []
         command += ["--compute", str(self.batch)] if self.batch and self.device != "cpu" else []
@@ -93,6 +93,7 @@ class _Work:
 
     photo: Photo
     faces: Sequence[Face]
+    by: Loaded
     restored: int = 0
 
 
@@ -113,9 +114,9 @@ class GfpganBackend:
         self._rules = rules
         self._limits = limits or PhotoLimits()
         self._detector = FaceDetector()
-        self._restorer = Restorer(rules.command(), RestorerRules(rules.crops_at_once, rules.max_wait, rules.timeout))
+        fed = RestorerRules(rules.crops_at_once, rules.max_wait, rules.timeout, compiles=rules.compile)
+        self._restorer = Restorer(rules.command(), fed)
         self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="beautify")
-        self._loaded = Loaded("gfpgan", rules.device)
         if threads > 1:
             # OpenCV splits every operation over all cores; with several photos at once that only adds waiting.
             cv2.setNumThreads(1)
@@ -128,11 +129,7 @@ class GfpganBackend:
             RefusedError: it cannot work with these settings on this machine.
             DeviceFailedError: it died or hung over it.
         """
-        loaded = await self._restorer.start()
-        sha256 = self._rules.sha256
-        # The name of a file that nobody released says little.
-        model = loaded.model if sha256 is None or sha256 in KNOWN_SHA256 else f"{loaded.model}-{sha256[:8]}"
-        self._loaded = Loaded(model, loaded.device)
+        await self._restorer.start()
         return self._loaded
 
     @property
@@ -142,6 +139,17 @@ class GfpganBackend:
 
     def __str__(self) -> str:
         return f"gfpgan ({self._loaded.model} on {self._loaded.device})"
+
+    @property
+    def _loaded(self) -> Loaded:
+        """What restores now: after the child has started again it may be another file, or device, than before."""
+        loaded = self._restorer.loaded
+        if loaded is None:
+            return Loaded("gfpgan", self._rules.device)
+        sha256 = self._rules.sha256
+        # The name of a file that nobody released says little.
+        model = loaded.model if sha256 is None or sha256 in KNOWN_SHA256 else f"{loaded.model}-{sha256[:8]}"
+        return Loaded(model, loaded.device)
 
     async def beautify(self, photo: bytes, *, strength: float) -> BeautifiedPhoto:
         """Restore one photo's faces; faces too small for it, and all when *strength* is 0, are counted as unrestored."""
@@ -162,8 +170,8 @@ class GfpganBackend:
             height=work.photo.height,
             faces=work.restored,
             unrestored=len(work.faces) - work.restored,
-            model=self._loaded.model,
-            device=self._loaded.device,
+            model=work.by.model,
+            device=work.by.device,
         )
 
     async def close(self) -> None:
@@ -175,6 +183,7 @@ class GfpganBackend:
         """Restore some faces of a photo, and put them back."""
         aligned = await self._in_thread(lambda: self._aligned(work.photo, faces))
         restored = await self._restorer.restore([face.crop for face in aligned])
+        work.by = self._loaded
         pairs = list(zip(aligned, restored, strict=True))
         await self._in_thread(lambda: self._pasted(work.photo, pairs, strength))
         work.restored += len(pairs)
@@ -185,7 +194,7 @@ class GfpganBackend:
     def _opened(self, content: bytes) -> _Work:
         photo = read_photo(content, limits=self._limits)
         with _memory_for(photo):
-            return _Work(photo, self._detector.detect(photo.pixels))
+            return _Work(photo, self._detector.detect(photo.pixels), self._loaded)
 
     def _aligned(self, photo: Photo, faces: Sequence[Face]) -> list[AlignedFace]:
         with _memory_for(photo):

@@ -4,13 +4,17 @@ Which crops go to the device next: pure, given what waits, what runs and the tim
 Faces of several photos share a batch. A full batch goes at once; one that is not full goes when the device has nothing to do and
 its oldest crop has waited long enough for company. While a batch is on the device the next one gathers.
 
-Whose company died with the process is a suspect. Suspects come before all else, one at a time with nothing beside them, so that
-the next death says who is to blame: an innocent crop loses nothing but time by a neighbour that kills.
+Whose company died with the process is a suspect. Suspects go one at a time with nothing beside them, so that the next death says
+who is to blame: an innocent crop loses nothing but time by a neighbour that kills. They take turns with batches of whoever came
+since, whom a few that kill would keep waiting for minutes otherwise, while process after process is started. A suspect that
+leaves without having been cleared is known again when it comes back, as it does in a later attempt of its photo: or a start that
+takes longer than anybody waits would have every death hit the whole company anew, and nobody ever found to blame.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +23,8 @@ from jobdaemon.backends.gfpgan.frames import SLOTS, Pixels
 
 #: A process may also be killed by something else while a crop is alone in it; after so many such deaths it is the crop.
 MAX_DEATHS_ALONE = 2
+#: Suspects that are known again when they come back: those of some dozen photos with many faces, or of hundreds with one.
+_MAX_REMEMBERED = 1_000
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +51,10 @@ class Crop:
         """Whether anybody still waits for it."""
         return not self.restored.done()
 
+    def digest(self) -> bytes:
+        """Of its pixels: a millisecond."""
+        return hashlib.blake2b(self.pixels.tobytes(), digest_size=16).digest()
+
 
 @dataclass(slots=True)
 class Waiting:
@@ -63,10 +73,19 @@ class Waiting:
     _fresh: deque[Crop] = field(default_factory=deque)
     _suspects: deque[Crop] = field(default_factory=deque)
     _is_alone: bool = False
+    _is_turn_of_suspects: bool = True
+    #: Digests of suspects that left, and how many processes died while they were alone; the latest last.
+    _remembered: dict[bytes, int] = field(default_factory=dict)
 
     def add(self, crops: Iterable[Crop]) -> None:
         """They arrived just now."""
-        self._fresh.extend(crops)
+        for crop in crops:
+            deaths_alone = self._remembered.pop(crop.digest(), None) if self._remembered else None
+            if deaths_alone is None:
+                self._fresh.append(crop)
+            else:
+                crop.is_suspect, crop.deaths_alone = True, deaths_alone
+                self._suspects.append(crop)
 
     def next_batch(self, now: float) -> list[Crop]:
         """What to send to the device now; empty when there is nothing, or nothing yet. It runs from now on."""
@@ -106,6 +125,7 @@ class Waiting:
             crop.is_suspect = True
             if crop.deaths_alone >= MAX_DEATHS_ALONE:
                 guilty.append(crop)
+                self._remember(crop, deaths_alone=0)  # the photo's next attempt gives it as many chances, but no company
             else:
                 self._suspects.append(crop)
         return guilty
@@ -113,6 +133,8 @@ class Waiting:
     def take_all(self) -> list[Crop]:
         """Everything that waits; nothing does afterwards."""
         everything = [*self._suspects, *self._fresh]
+        for crop in self._suspects:
+            self._remember(crop, deaths_alone=crop.deaths_alone)
         self._suspects.clear()
         self._fresh.clear()
         return everything
@@ -121,13 +143,26 @@ class Waiting:
         if self._is_alone or self.running == SLOTS:
             return []
         if self._suspects:
-            return [] if self.running else [self._suspects.popleft()]
+            if self.running:
+                return []
+            is_their_turn = self._is_turn_of_suspects or not self._fresh
+            self._is_turn_of_suspects = not is_their_turn
+            return [self._suspects.popleft()] if is_their_turn else self._next_fresh()
         is_full = len(self._fresh) >= self.batch
-        if is_full or self.due_in(now) == 0.0:
-            return [self._fresh.popleft() for _ in range(min(self.batch, len(self._fresh)))]
-        return []
+        return self._next_fresh() if is_full or self.due_in(now) == 0.0 else []
+
+    def _next_fresh(self) -> list[Crop]:
+        return [self._fresh.popleft() for _ in range(min(self.batch, len(self._fresh)))]
+
+    def _remember(self, crop: Crop, *, deaths_alone: int) -> None:
+        self._remembered[crop.digest()] = deaths_alone
+        if len(self._remembered) > _MAX_REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
 
     def _drop_unwanted(self) -> None:
+        for crop in self._suspects:
+            if not crop.is_wanted:
+                self._remember(crop, deaths_alone=crop.deaths_alone)
         for crops in (self._fresh, self._suspects):
             if any(not crop.is_wanted for crop in crops):
                 kept = [crop for crop in crops if crop.is_wanted]

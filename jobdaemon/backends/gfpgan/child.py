@@ -19,17 +19,20 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from jobdaemon.backends.gfpgan.frames import FacesFailedError, Frames, Pixels
-from jobdaemon.errors import DeviceMemoryError, RetryableError, SettingsError
+from jobdaemon.errors import DeviceMemoryError, JobdaemonError, RetryableError, SettingsError
 
 _PR_SET_PDEATHSIG = 1
 #: The kernel's choice when memory runs out: rather this process than the daemon, which would take every job along.
 _OOM_SCORE = "500"
+#: Characters, of six bytes each at most.
+_MAX_REASON = 1_000
 
 
 class Network(Protocol):
@@ -73,8 +76,10 @@ def load_network(wanted: argparse.Namespace) -> Network:
         import torch  # noqa: PLC0415 - see the module docstring
     except ImportError as error:
         raise LacksDeviceError(f"beautify.backend: gfpgan needs torch, which is not installed here ({error})") from error
-    if wanted.device.startswith("cuda") and int(wanted.device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        text = f'"{wanted.device}", but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here'
+    # Devices are also counted where none can be used, for want of a driver that fits torch.
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.device.startswith("cuda") and int(wanted.device.partition(":")[2] or 0) >= found:
+        text = f'"{wanted.device}", but torch {torch.__version__} finds {found} CUDA devices here'
         raise LacksDeviceError(f'beautify.device: is {text}; "cpu" works too, some seconds a face')
     from jobdaemon.backends.gfpgan.network import FaceNetwork  # noqa: PLC0415 - imports torch
 
@@ -100,17 +105,37 @@ def main(arguments: list[str] | None = None, *, load: Load = load_network) -> No
     channel = socket.socket(fileno=wanted.channel)
     frames = Frames(wanted.memory, batch=wanted.batch)
     os.close(wanted.memory)
+    with suppress(BrokenPipeError, ConnectionResetError):  # the daemon went, or stopped waiting, while we worked for it
+        try:
+            _serve(channel, frames, lambda: load(wanted))
+        except (BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:  # noqa: BLE001 - see the module docstring
+            sys.stdout.flush()
+            traceback.print_exc()
+            _tell(channel, told="broken", reason=_in_short(error))
+            # Not by the usual way out, on which libraries tidy up: with a broken device they abort there, or hang.
+            os._exit(1)
+
+
+def _serve(channel: socket.socket, frames: Frames, load: Callable[[], Network]) -> None:
     try:
-        network = load(wanted)
+        network = load()
     except SettingsError as error:
         _tell(channel, told="refused", reason=str(error), lacks_device=isinstance(error, LacksDeviceError))
         return
     _tell(channel, told="loaded", model=network.name, device=network.device)
     network.warm_up()
     _tell(channel, told="ready")
-    with suppress(BrokenPipeError, ConnectionResetError):  # the daemon went while we worked for it
-        for request in _requests(channel):
-            _restore(network, frames, request, channel)
+    for request in _requests(channel):
+        _restore(network, frames, request, channel)
+
+
+def _in_short(error: Exception) -> str:
+    """One line; of CUDA's errors the first, for the last is about how to compile torch."""
+    if isinstance(error, JobdaemonError):
+        return str(error)
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _restore(network: Network, frames: Frames, request: dict[str, Any], channel: socket.socket) -> None:
@@ -134,8 +159,9 @@ def _requests(channel: socket.socket) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _tell(channel: socket.socket, **message: object) -> None:
-    channel.sendall(json.dumps(message).encode() + b"\n")
+def _tell(channel: socket.socket, *, reason: str = "", **message: object) -> None:
+    # Longer lines would be no message.
+    channel.sendall(json.dumps({**message, "reason": reason[:_MAX_REASON]}).encode() + b"\n")
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:

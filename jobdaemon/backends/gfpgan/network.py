@@ -32,7 +32,15 @@ DTYPES = ("float32", "bfloat16")  # float16 gives wrong faces (the authors' issu
 
 #: Of the device's free memory; the rest is for the libraries' own and for whoever else uses the device.
 _MEMORY_SHARE = 0.7
-_CPU_OUT_OF_MEMORY = "not enough memory"
+#: What torch has no error of its own for: the CPU's allocator (on Linux, elsewhere), the driver, and libraries beside torch's own
+#: allocator. None of them breaks anything.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 class FaceNetwork:
@@ -97,7 +105,9 @@ class FaceNetwork:
             torch.backends.cudnn.deterministic = True
         try:
             self._network = OptimisedNetwork(module, device=self._place, dtype=getattr(torch, self.dtype))
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise self._too_small("the face network's weights") from error
 
     @classmethod
@@ -264,12 +274,12 @@ def fitting_batch(*, per_face_bytes: int, free_bytes: int) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was missing: on a device (torch has an error for it) or on the CPU (it has none)."""
+    """Whether memory was missing, on a device or on the CPU; torch has an error for its own allocator on a device only."""
     import torch  # noqa: PLC0415
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _require_torch() -> None:

@@ -9,10 +9,10 @@ import os
 import signal
 import socket
 import sys
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jobdaemon.backends.gfpgan.frames import MAX_MESSAGE_BYTES, Frames, open_memory
@@ -21,7 +21,13 @@ from jobdaemon.errors import SettingsError
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-CHILD = (sys.executable, "-m", "jobdaemon.backends.gfpgan.child")
+
+def child_command() -> list[str]:
+    """What starts a child, from where this process has its own modules: not from the current folder, unless it has."""
+    # -m alone looks there first: for another version of this package, or for a torch.py that somebody laid into /tmp.
+    is_safe = str(Path.cwd()) not in sys.path and "" not in sys.path
+    return [sys.executable, *(["-P"] if is_safe else []), "-m", "jobdaemon.backends.gfpgan.child"]
+
 
 #: What the child writes goes into the daemon's log: so many characters of a line, so many lines in a life.
 _MAX_LINE = 1_000
@@ -102,7 +108,9 @@ class RestorerProcess:
         self._ready: asyncio.Future[None] = loop.create_future()
         self._answers: dict[int, asyncio.Future[Failed]] = {}
         self._requests = 0
-        self._last_lines: deque[str] = deque(maxlen=5)
+        self._last_line = ""
+        #: What it said it dies of.
+        self._broken: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._why: str | None = None
         #: Done with the reason once the process is dead.
@@ -242,7 +250,7 @@ class RestorerProcess:
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:
-            while line := await reader.readline():
+            while (line := await reader.readline()).endswith(b"\n"):  # half a line is all that came of it before it died
                 self._hear(json.loads(line))
         except (ValueError, KeyError, TypeError, asyncio.InvalidStateError) as error:
             self.kill(f"it talked nonsense ({type(error).__name__})")
@@ -268,6 +276,8 @@ class RestorerProcess:
                 self._loaded.set_exception(RefusedError(self._why, lacks_device=bool(message["lacks_device"])))
             case "ready":
                 self._ready.set_result(None)
+            case "broken":
+                self._broken = str(message["reason"]).removesuffix(".")
             case "restored":
                 failed = Failed(frozenset(map(int, message["failed"])), str(message["reason"]).removesuffix("."))
                 self._answers.pop(message["number"]).set_result(failed)
@@ -283,9 +293,7 @@ class RestorerProcess:
         with suppress(TimeoutError):  # its last words; a grandchild may hold the pipe open
             async with asyncio.timeout(1):
                 await asyncio.shield(self._tasks[1])
-        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        said = "".join(f"; it said: {line}" for line in list(self._last_lines)[-1:])
-        self._fail(f"it died ({end}{said})")
+        self._fail(f"it died ({self._broken or _end(code, self._last_line)})")
         if not self.died.done():
             self.died.set_result(self._why or "")
 
@@ -308,11 +316,24 @@ class RestorerProcess:
         text = line[:_MAX_LINE].decode(errors="replace").rstrip()
         if not text:
             return
-        self._last_lines.append(text[:200])
+        self._last_line = text[:200]
+        if text.strip().startswith("what():"):  # the error of which a library in C++ dies by SIGABRT
+            self._broken = text.strip().removeprefix("what():").strip()[:200]
         if number <= _MAX_LINES:
             logger.warning("the face restorer says", extra={"line": text, "child": self.pid})
         elif number == _MAX_LINES + 1:
             logger.warning("the face restorer says more than is logged", extra={"child": self.pid})
+
+
+def _end(code: int, last_line: str) -> str:
+    """How a process ended that did not say it."""
+    if code >= 0:
+        return f"exit code {code}" + (f"; it said: {last_line}" if last_line else "")
+    try:
+        # What it said last has nothing to do with that, or is the end of a list of everything that was loaded.
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:  # most of the real-time signals have no name
+        return f"signal {-code}"
 
 
 def _environment() -> dict[str, str]:

@@ -33,14 +33,17 @@ logger = logging.getLogger(__name__)
 
 #: Less than a service manager waits for a start.
 _LOAD_TIMEOUT_S = 80.0
-#: Compiling for a new kind of device takes minutes.
-_WARM_UP_TIMEOUT_S = 900.0
+#: Libraries may translate their kernels for a device that they do not know yet; torch.compile takes longer.
+_WARM_UP_TIMEOUT_S, _COMPILE_TIMEOUT_S = 300.0, 900.0
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
 _LONGEST_MEMORY_REST_S = 10.0
 #: A start takes some seconds: for so long crops wait for a device, then their attempts are put off.
 _PATIENCE_S = 60.0
-_PUT_OFF = timedelta(seconds=10)
-_NO_DEVICE = "there is nothing to restore faces with at the moment"
+#: Characters of the reason that an order is given for its waiting.
+_MAX_WHY = 300
+#: Each time: a sixth of how long that has lasted. Another machine takes what is put off at once; here it would only be asked for,
+#: and noted, again and again.
+_PUT_OFF_S = (10.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,13 @@ class RestorerRules:
         batch: most crops of a batch.
         max_wait: how long a crop waits for company while the device has nothing to do.
         timeout: a child that has a batch for longer hangs, and is killed.
+        compiles: a child fuses the network before it is ready, which takes a minute or more.
     """
 
     batch: int
     max_wait: timedelta
     timeout: timedelta
+    compiles: bool = False
 
 
 class Restorer:
@@ -69,6 +74,8 @@ class Restorer:
         self._rules = rules
         self._waiting = Waiting(rules.batch, rules.max_wait.total_seconds())
         self._changed = asyncio.Event()
+        #: By the child there is, or by the last one: the file may be another one at the next start.
+        self.loaded: Loaded | None = None
         #: The child there is, be it loading or dying; and the one that can be given work.
         self._child: RestorerProcess | None = None
         self._life: RestorerProcess | None = None
@@ -78,21 +85,29 @@ class Restorer:
         self._deaths = 0
         self._shortages = 0
         self._rest_until_s = 0.0
-        #: Since when there has been nothing that could restore; None while there is.
+        #: Since when there has been nothing that could restore, None while there is; and why.
         self._down_since_s: float | None = None
+        self._why_down = "the process that does it is starting"
 
     async def start(self) -> Loaded:
         """
-        Start the first child, and say what it has loaded; it may still be warming up.
+        Start the first child, and say what it has loaded.
+
+        It has warmed up then, so that a device on which nothing can be computed is found at once; unless that takes too long for
+        a start to wait for, as compiling does.
 
         Raises:
             RefusedError: it cannot work with these settings on this machine.
-            DeviceFailedError: it died or hung before it had loaded anything.
+            DeviceFailedError: it died over it, or hung before it had loaded anything.
         """
-        self._down_since_s = asyncio.get_running_loop().time()
+        started_s = self._down_since_s = asyncio.get_running_loop().time()
         try:
             self._child = await RestorerProcess.begin(self._command, batch=self._rules.batch)
-            loaded = await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
+            loaded = self.loaded = await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
+            if not self._rules.compiles:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(started_s + _LOAD_TIMEOUT_S):
+                        await self._warmed_up(self._child)
         except (ChildDiedError, OSError) as error:
             raise DeviceFailedError(f"The process that restores faces does not start: {error}.") from error
         self._log("the face restorer has loaded", model=loaded.model, device=loaded.device)
@@ -130,14 +145,14 @@ class Restorer:
         """
         now = asyncio.get_running_loop().time()
         if self._is_given_up(now) and (self._life is None or now < self._rest_until_s):
-            raise _put_off(_NO_DEVICE)
+            raise self._put_off(now)
 
     async def close(self) -> None:
         """End the child; what waits is put off."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._turn_away("the daemon stops")
+        self._turn_away(PutOffError("No face was restored: the daemon stops.", retry_after=timedelta(seconds=_PUT_OFF_S[0])))
         if self._child is not None:
             await self._child.close()
         await asyncio.to_thread(self._copier.shutdown)
@@ -147,7 +162,7 @@ class Restorer:
     async def _keep_alive(self) -> None:
         while True:
             why = await self._live()
-            self._go_down()
+            self._go_down(why)
             self._log("the face restorer is gone", level=logging.ERROR, reason=why, rest_s=self._rest_s())
             if self._child is not None:
                 await self._child.close()
@@ -160,13 +175,16 @@ class Restorer:
         try:
             if self._child is None:
                 self._child = await RestorerProcess.begin(self._command, batch=self._rules.batch)
-                await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
-            await self._child.ready(timeout_s=_WARM_UP_TIMEOUT_S)
-            self._log("the face restorer is ready")
+                self.loaded = await self._child.loaded(timeout_s=_LOAD_TIMEOUT_S)
+            await self._warmed_up(self._child)
+            self._log("the face restorer is ready", model=self.loaded and self.loaded.model)
             self._come_up(self._child)
             return await asyncio.shield(self._child.died)
         except Exception as error:  # noqa: BLE001 - whatever came of this one, the next is started
             return str(error)
+
+    async def _warmed_up(self, child: RestorerProcess) -> None:
+        await child.ready(timeout_s=_COMPILE_TIMEOUT_S if self._rules.compiles else _WARM_UP_TIMEOUT_S)
 
     def _rest_s(self) -> float:
         """Before the next start: none after the first death since something was restored."""
@@ -177,12 +195,13 @@ class Restorer:
         self._down_since_s = None
         self._changed.set()
 
-    def _go_down(self) -> None:
+    def _go_down(self, why: str) -> None:
         self._life = None
-        self._mark_down()
+        self._mark_down(why)
         self._changed.set()
 
-    def _mark_down(self) -> None:
+    def _mark_down(self, why: str) -> None:
+        self._why_down = why.removesuffix(".")[:_MAX_WHY]
         if self._down_since_s is None:
             self._down_since_s = asyncio.get_running_loop().time()
 
@@ -200,7 +219,7 @@ class Restorer:
                 self._begin(self._run(life, self._free_slots.pop(), batch))
                 continue
             if life is None and self._is_given_up(now):
-                self._turn_away(_NO_DEVICE)
+                self._turn_away(self._put_off(now))
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._look_again_s(now, is_up=life is not None)):
                     await self._changed.wait()
@@ -216,10 +235,16 @@ class Restorer:
     def _is_given_up(self, now: float) -> bool:
         return self._down_since_s is not None and now - self._down_since_s >= _PATIENCE_S
 
-    def _turn_away(self, why: str) -> None:
+    def _turn_away(self, error: PutOffError) -> None:
         for crop in self._waiting.take_all():
-            if crop.is_wanted:
-                crop.restored.set_exception(_put_off(why))
+            self._fail(crop, error)
+
+    def _put_off(self, now: float) -> PutOffError:
+        lasted_s = now - (now if self._down_since_s is None else self._down_since_s)
+        shortest_s, longest_s = _PUT_OFF_S
+        retry_after = timedelta(seconds=min(max(lasted_s / 6, shortest_s), longest_s))
+        told = f"No face was restored: there is nothing to restore faces with at the moment ({self._why_down})."
+        return PutOffError(told, retry_after=retry_after)
 
     async def _run(self, life: RestorerProcess, slot: int, batch: list[Crop]) -> None:
         loop = asyncio.get_running_loop()
@@ -255,7 +280,7 @@ class Restorer:
 
     def _rest_for_memory(self, why: str) -> None:
         """Somebody else has the device's memory: that is no photo's fault, and passes."""
-        self._mark_down()
+        self._mark_down(why)
         rest_s = min(0.5 * 2.0**self._shortages, _LONGEST_MEMORY_REST_S)
         self._shortages += 1
         self._rest_until_s = asyncio.get_running_loop().time() + rest_s
@@ -277,10 +302,6 @@ class Restorer:
 
     def _log(self, words: str, *, level: int = logging.INFO, **fields: object) -> None:
         logger.log(level, words, extra={"child": None if self._child is None else self._child.pid, **fields})
-
-
-def _put_off(why: str) -> PutOffError:
-    return PutOffError(f"No face was restored: {why}.", retry_after=_PUT_OFF)
 
 
 def _lay_out(slot: Pixels, batch: Sequence[Crop]) -> None:
