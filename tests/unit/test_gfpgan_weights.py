@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -156,6 +157,15 @@ def test_notes_and_stubs_instead_of_weights_are_told(tmp_path: Path) -> None:
     assert "has 16 bytes" in refusal(path)
     path.write_bytes(b"")
     assert "has 0 bytes" in refusal(path)
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    """One that nobody writes to is refused at once."""
+    path = tmp_path / "fifo.pth"
+    os.mkfifo(path)
+    with pytest.raises(SettingsError) as caught:
+        identify(path)
+    assert str(caught.value) == f"The weights file {path} is not a file."
 
 
 def test_missing_file_and_wrong_kind_are_told(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +87,16 @@ def _opened(path: Path) -> io.BufferedReader:
     if path.suffix not in SUFFIXES:
         raise SettingsError(f"The weights file {path} is neither .pth nor .safetensors.")
     try:
-        return path.open("rb")
+        # A FIFO without a writer would hold open() for ever.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except FileNotFoundError:
         raise SettingsError(f"There is no weights file {path}. docs/gfpgan.md says where to get one.") from None
     except OSError as error:
         raise SettingsError(f"The weights file {path} cannot be read: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise SettingsError(f"The weights file {path} is not a file.")
+    return file
 
 
 def _identified(path: Path, file: io.BufferedReader, wanted: str | None) -> WeightsFile:
