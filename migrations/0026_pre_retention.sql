@@ -158,7 +158,7 @@ BEGIN
     -- Ordered by a transaction that did not see it idle, or for want of patience while it was deleted.
     DELETE FROM idle_sources s WHERE s.source = ANY (v_due) AND is_source_needed(s.source);
     RETURN QUERY UPDATE idle_sources s SET deleting_at = clock_timestamp()
-        WHERE s.source = ANY (ARRAY(SELECT w.source FROM idle_sources w WHERE w.source = ANY (v_due) LIMIT p_limit))
+        WHERE s.source = ANY (ARRAY(SELECT w.source FROM idle_sources w WHERE w.source = ANY (v_due) ORDER BY w.idle_since LIMIT p_limit))
         RETURNING s.source;
 END;
 $$;
