@@ -75,7 +75,8 @@ def load_network(wanted: argparse.Namespace) -> Network:
     try:
         import torch  # noqa: PLC0415 - see the module docstring
     except ImportError as error:
-        raise LacksDeviceError(f"beautify.backend: gfpgan needs torch, which is not installed here ({error})") from error
+        text = f"gfpgan needs torch, which is not installed here ({error}); docs/gfpgan.md says how"
+        raise LacksDeviceError(f"beautify.backend: {text}") from error
     # Devices are also counted where none can be used, for want of a driver that fits torch.
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.device.startswith("cuda") and int(wanted.device.partition(":")[2] or 0) >= found:
