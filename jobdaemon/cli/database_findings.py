@@ -175,7 +175,7 @@ def _roles(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
     if row is None or not row[0]:
         yield Finding("roles", "error", f"{connection.info.user} may not do a daemon's work", "grant it jobdaemon_daemon")
     elif missing:
-        action = f"as a role that may: CREATE ROLE {missing[0]} NOLOGIN; then {_MIGRATE}"
+        action = f"as a role that may: {'; '.join(f'CREATE ROLE {name} NOLOGIN' for name in missing)}; then {_MIGRATE}"
         yield Finding("roles", "warning", f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", action)
     else:
         yield Finding("roles", "ok", ", ".join(ROLES))

@@ -257,6 +257,15 @@ def test_a_login_with_only_a_role_of_ours_can_work(cli: Cli, database: str) -> N
             execute(database, f"DROP ROLE {name}_{role}")
 
 
+def test_check_names_every_role_that_is_missing(cli: Cli, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who cannot make roles hands the whole list to somebody who may, once."""
+    cli(database, "config", "apply")
+    monkeypatch.setattr("jobdaemon.cli.database_findings.ROLES", ("jobdaemon_a", "jobdaemon_producer", "jobdaemon_b"))
+    roles = findings(cli(database, "check", "--json"))["roles"]
+    assert (roles["state"], roles["message"]) == ("warning", "jobdaemon_a, jobdaemon_b are missing")
+    assert "CREATE ROLE jobdaemon_a NOLOGIN; CREATE ROLE jobdaemon_b NOLOGIN; then run `jobdaemon migrate`" in roles["action"]
+
+
 @pytest.mark.usefixtures("cold_data_dir")
 def test_a_fresh_machine_needs_nothing(jobdaemon: Command) -> None:
     """Without settings a reading verb starts the embedded server, finds no order, and stops the server again."""
