@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,5 +65,10 @@ async def _serve(server: Sandbox, *, as_json: bool) -> None:
     if as_json:
         print_json(report)
     else:
-        told = ("starts", "above_limit", "stored_twice")
-        print(", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in told))
+        print(_told(report, "starts", "above_limit", "stored_twice"))
+        for api, counts in report["apis"].items():
+            print(f"{api}: {_told(counts, 'calls', 'rejected', 'images_bought', 'money')}")
+
+
+def _told(counts: dict[str, Any], *names: str) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {counts[name]}" for name in names)

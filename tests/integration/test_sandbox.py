@@ -211,6 +211,26 @@ def test_the_command_says_where_it_listens_and_what_it_counted() -> None:
     assert report["starts"] == 1
 
 
+def test_stopped_the_command_tells_what_was_bought_from_each_api() -> None:
+    """Who tried a provider against it sees the calls and the money, and not only the referee's counts of other calls."""
+    command = [sys.executable, "-m", "jobdaemon", "sandbox", "--port", "0", "--latency", "1s", "--scale", "0.01"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[2].rstrip(";")
+        asyncio.run(_buy_once(url))
+        process.terminate()
+        told = process.stdout.read().splitlines()
+        assert process.wait(timeout=20) == 0
+    assert told == ["starts 0, above limit 0, stored twice 0", "openai_images: calls 1, rejected 0, images bought 2, money 0.08"]
+
+
+async def _buy_once(url: str) -> None:
+    headers = {"Authorization": "Bearer sk-test"}
+    wanted = {"model": "gpt-image-2", "prompt": "a portrait", "n": 2}
+    async with aiohttp.ClientSession(url, headers=headers) as session:
+        assert (await _post(session, "/v1/images/generations", wanted))[0] == 200
+
+
 async def _call_once(url: str) -> None:
     async with aiohttp.ClientSession(url) as session:
         assert (await _post(session, "/call", CALL))[0] == 200
