@@ -170,19 +170,25 @@ LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET lock_timeout = '500ms'
 SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
 AS $$
 DECLARE
-    v_due text[];
+    v_source text;
+    v_due text[] := '{}';
 BEGIN
-    v_due := ARRAY(SELECT s.source FROM idle_sources s
+    FOR v_source IN SELECT s.source FROM idle_sources s
         WHERE s.idle_since <= clock_timestamp() - p_wait_s * interval '1 second'
             AND (s.deleting_at IS NULL
                 -- the second since a clock may be set back
                 OR s.deleting_at NOT BETWEEN clock_timestamp() - interval '10 minutes' AND clock_timestamp() + interval '10 minutes')
-        ORDER BY s.idle_since LIMIT 50 * p_limit FOR UPDATE SKIP LOCKED);
-    -- Ordered since; also for want of patience while it was deleted.
-    DELETE FROM idle_sources s WHERE s.source = ANY (v_due) AND is_source_needed(s.source);
-    RETURN QUERY UPDATE idle_sources s SET deleting_at = clock_timestamp()
-        WHERE s.source = ANY (ARRAY(SELECT w.source FROM idle_sources w WHERE w.source = ANY (v_due) ORDER BY w.idle_since LIMIT p_limit))
-        RETURNING s.source;
+        ORDER BY s.idle_since LIMIT 50 * p_limit FOR UPDATE SKIP LOCKED
+    LOOP
+        EXIT WHEN cardinality(v_due) >= p_limit;
+        -- Ordered since; also for want of patience while it was deleted.
+        IF is_source_needed(v_source) THEN
+            DELETE FROM idle_sources s WHERE s.source = v_source;
+        ELSE
+            v_due := v_due || v_source;
+        END IF;
+    END LOOP;
+    RETURN QUERY UPDATE idle_sources s SET deleting_at = clock_timestamp() WHERE s.source = ANY (v_due) RETURNING s.source;
 END;
 $$;
 
