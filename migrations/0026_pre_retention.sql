@@ -140,8 +140,10 @@ BEGIN
         WHERE e.job_id = v_page[cardinality(v_page)]) <= now() - p_age_s * interval '1 second', true);
     v_jobs := ARRAY(SELECT j.id FROM procrastinate_jobs j
         WHERE j.id = ANY (v_page) AND j.task_name LIKE 'jobdaemon.%' AND j.status NOT IN ('todo', 'doing')
-            AND CASE WHEN j.args ->> 'order_id' IS NULL THEN v_is_old
-                ELSE NOT EXISTS (SELECT FROM orders o WHERE o.id = (j.args ->> 'order_id')::bigint AND o.retired_at IS NULL) END
+            -- Somebody else's task may be called like ours, and for something else.
+            AND CASE WHEN j.args ->> 'order_id' ~ '^[0-9]{1,18}$'
+                THEN NOT EXISTS (SELECT FROM orders o WHERE o.id = (j.args ->> 'order_id')::bigint AND o.retired_at IS NULL)
+                ELSE v_is_old END
         ORDER BY j.id FOR UPDATE SKIP LOCKED);
     v_attempts := ARRAY(SELECT a.id FROM attempts a WHERE a.job_id = ANY (v_jobs) ORDER BY a.id FOR UPDATE SKIP LOCKED);
     v_jobs := ARRAY(SELECT w.id FROM unnest(v_jobs) AS w (id)

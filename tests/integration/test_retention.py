@@ -250,6 +250,25 @@ async def test_other_jobs_are_left_alone(store: PostgresJobStore, job_factory: J
     assert idle(sql) == [source_of(0)]
 
 
+@pytest.mark.parametrize(
+    "args", ['{"order_id": "a"}', '{"order_id": 1.5}', '{"order_id": 1e30}', '{"order_id": [1]}', '["order_id"]', "7"]
+)
+async def test_odd_jobs_stop_nothing(store: PostgresJobStore, order_factory: Orders, sql: Sql, args: str) -> None:
+    """A job under a name like ours that is for no order goes by its age, and those behind it go."""
+    sql.execute(
+        "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, status, args) VALUES ('q', 'jobdaemon.x', 'succeeded', %s)",
+        [args],
+    )
+    old = order_factory("Free")
+    end(sql, old, 31)
+    young = order_factory("Free")
+    await pruner(store, FakeArtifacts()).prune()
+    assert order_factory.jobs(old) == []
+    sql.execute("UPDATE jobdaemon.procrastinate_events SET at = now() - interval '31 days'")
+    await pruner(store, FakeArtifacts()).prune()
+    assert count(sql, "procrastinate_jobs") == len(order_factory.jobs(young)) == 1
+
+
 async def test_many_at_once(engine_database: str, store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
     """Three daemons clear away 300 orders together: each is counted once, and nothing is left over."""
     order_ids = [order_factory("Free", source=source_of(number // 3)) for number in range(300)]
