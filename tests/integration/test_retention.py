@@ -256,7 +256,8 @@ async def test_other_jobs_are_left_alone(store: PostgresJobStore, job_factory: J
 async def test_odd_jobs_stop_nothing(store: PostgresJobStore, order_factory: Orders, sql: Sql, args: str) -> None:
     """A job under a name like ours that is for no order goes by its age, and those behind it go."""
     sql.execute(
-        "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, status, args) VALUES ('q', 'jobdaemon.x', 'succeeded', %s)",
+        "INSERT INTO jobdaemon.procrastinate_jobs (queue_name, task_name, status, args)"
+        " VALUES ('q', 'jobdaemon.x', 'succeeded', %s)",
         [args],
     )
     old = order_factory("Free")
