@@ -213,7 +213,7 @@ async def test_rows_go_when_that_is_wanted(store: PostgresJobStore, order_factor
 
 
 async def test_nothing_is_retired_without_an_age(store: PostgresJobStore, order_factory: Orders, sql: Sql) -> None:
-    """``photos = ""`` keeps everything."""
+    """``photos = "never"`` keeps everything."""
     order_id = order_factory("Free")
     end(sql, order_id, 3000)
     artifacts = FakeArtifacts({f"work/{order_id}/a.jpg": b"x"})
