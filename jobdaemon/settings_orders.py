@@ -181,7 +181,11 @@ class RetentionSettings(Section):
 
 def retention_contradictions(retention: RetentionSettings) -> Iterator[Problem]:
     """What cannot be kept for shorter than something else."""
-    if retention.orders is not None and (retention.photos is None or retention.orders < retention.photos):
+    if retention.orders is None:
+        return
+    if retention.photos is None:
+        yield Problem("retention.orders", "must be never where retention.photos is: an order goes after its photos and jobs")
+    elif retention.orders < retention.photos:
         yield Problem("retention.orders", "must not be shorter than retention.photos: an order goes after its photos and jobs")
 
 

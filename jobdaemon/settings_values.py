@@ -43,6 +43,10 @@ def blank(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
 
 
+def _never(value: object) -> object:
+    return None if isinstance(value, str) and value.strip() in ("", "never") else value
+
+
 def _path(value: object) -> object:
     if isinstance(value, str):
         if "\0" in value:
@@ -107,8 +111,8 @@ def _hosts(value: object) -> object:
 
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 LongerThanZero = Annotated[Duration, Field(gt=timedelta(0))]
-#: The empty text, or None, means "never".
-DurationOrNever = Annotated[LongerThanZero | None, BeforeValidator(blank)]
+#: None means "never"; in a variable, where the empty text is no value, the word says so.
+DurationOrNever = Annotated[LongerThanZero | None, BeforeValidator(_never)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(number)]
 Priority = Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)]

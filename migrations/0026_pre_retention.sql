@@ -1,7 +1,7 @@
 -- Retention: orders that ended long ago are retired. Their photos in the store and their jobs go, and nothing opens them again; what
 -- they were and came to stays, until their rows go too. The functions are for the daemons' upkeep: each does so much at a time and is
 -- called until it finds nothing. Their statements are planned anew each time, since what is planned once may be planned while the
--- tables are empty.
+-- tables are empty. Rescues wait for them: so they pass by what somebody holds, and what cannot be passed by they leave soon.
 
 ALTER TABLE orders
     -- its photos and jobs are being removed, or gone
@@ -36,8 +36,15 @@ AS $$
                 AND hashtext((j.args ->> 'source') COLLATE "C") = hashtext(p_source COLLATE "C") AND j.args ->> 'source' = p_source)
 $$;
 
+CREATE FUNCTION has_open_jobs(p_order bigint) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = jobdaemon, pg_temp
+AS $$
+    SELECT EXISTS (SELECT FROM procrastinate_jobs j WHERE (j.args ->> 'order_id')::bigint = p_order
+        AND j.task_name LIKE 'jobdaemon.%' AND j.status IN ('todo', 'doing'))
+$$;
+
 -- Photos under sources/ that no order needs, any more or as yet, by what orders call them. All orders for a photo share it, and it may be
--- ordered again at any moment: so it waits here for a day, where an order takes it away, before it is deleted from the store.
+-- ordered again at any moment: so it waits here for a day. Then it is deleted from the store, or only from here when it was ordered.
 CREATE TABLE idle_sources (
     source text COLLATE "C" PRIMARY KEY CHECK (is_own_source(source)),
     idle_since timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -59,11 +66,13 @@ BEGIN
 END;
 $$;
 
+-- Until its transaction ends an order keeps its photo by holding the row; then it is seen to need it. The weakest of locks: others
+-- may hold and order the same photo meanwhile, whatever else they order in their transactions.
 CREATE FUNCTION source_ordered() RETURNS trigger
 LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
 AS $$
 BEGIN
-    DELETE FROM idle_sources s WHERE s.source = NEW.source AND s.deleting_at IS NULL;
+    PERFORM FROM idle_sources s WHERE s.source = NEW.source AND s.deleting_at IS NULL FOR KEY SHARE;
     RETURN NULL;
 END;
 $$;
@@ -72,20 +81,25 @@ CREATE TRIGGER source_ordered AFTER INSERT ON orders FOR EACH ROW
 
 -- Retires up to p_limit orders that ended p_age_s seconds ago or before; says how many. One with open jobs waits for them.
 CREATE FUNCTION retire_orders(p_age_s double precision, p_limit integer) RETURNS integer
-LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET lock_timeout = '500ms'
+SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
 AS $$
 DECLARE
     v_orders bigint[];
+    v_calls bigint[];
 BEGIN
     -- Two at a time would each find a photo needed by the order that the other one retires.
     IF NOT pg_try_advisory_xact_lock(1784835685, 26) THEN
         RETURN 0;
     END IF;
     v_orders := ARRAY(SELECT o.id FROM orders o
-        WHERE o.finished_at <= now() - p_age_s * interval '1 second' AND o.retired_at IS NULL
-            AND NOT EXISTS (SELECT FROM procrastinate_jobs j WHERE (j.args ->> 'order_id')::bigint = o.id
-                AND j.task_name LIKE 'jobdaemon.%' AND j.status IN ('todo', 'doing'))
+        WHERE o.finished_at <= now() - p_age_s * interval '1 second' AND o.retired_at IS NULL AND NOT has_open_jobs(o.id)
         ORDER BY o.finished_at LIMIT p_limit FOR UPDATE SKIP LOCKED);
+    -- Of a dead letter that nobody redrove: no provider knows its task any more.
+    v_calls := ARRAY(SELECT c.id FROM provider_calls c
+        WHERE c.order_id = ANY (v_orders) AND c.outcome IS NULL ORDER BY c.id FOR UPDATE SKIP LOCKED);
+    v_orders := ARRAY(SELECT w.id FROM unnest(v_orders) AS w (id) WHERE NOT EXISTS (SELECT FROM provider_calls c
+        WHERE c.order_id = w.id AND c.outcome IS NULL AND c.id <> ALL (v_calls)));
     IF cardinality(v_orders) = 0 THEN
         RETURN 0;
     END IF;
@@ -94,10 +108,11 @@ BEGIN
         SELECT DISTINCT o.source FROM orders o
             WHERE o.id = ANY (v_orders) AND is_own_source(o.source) AND NOT is_source_needed(o.source)
         ON CONFLICT DO NOTHING;
-    DELETE FROM attempts a WHERE a.order_id = ANY (v_orders);
-    -- Of a dead letter that nobody redrove: no provider knows its task any more.
     UPDATE provider_calls c SET outcome = 'unknown', finished_at = coalesce(c.finished_at, now())
         WHERE c.order_id = ANY (v_orders) AND c.outcome IS NULL;
+    -- What is left goes with its job.
+    DELETE FROM attempts a WHERE a.id = ANY (ARRAY(SELECT h.id FROM attempts h
+        WHERE h.order_id = ANY (v_orders) ORDER BY h.id FOR UPDATE SKIP LOCKED));
     RETURN cardinality(v_orders);
 END;
 $$;
@@ -105,11 +120,13 @@ $$;
 -- Looks at up to p_limit jobs from p_after on (by id, which is by age) and deletes those of ours that have ended, of orders that are
 -- retired or gone, or of no order and as old. last_id: where to go on; NULL when younger ones follow.
 CREATE FUNCTION prune_jobs(p_after bigint, p_age_s double precision, p_limit integer, OUT last_id bigint, OUT pruned integer)
-LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET lock_timeout = '500ms'
+SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
 AS $$
 DECLARE
     v_page bigint[];
     v_jobs bigint[];
+    v_attempts bigint[];
     v_sources text[];
     v_is_old boolean;
 BEGIN
@@ -123,9 +140,14 @@ BEGIN
         WHERE e.job_id = v_page[cardinality(v_page)]) <= now() - p_age_s * interval '1 second', true);
     v_jobs := ARRAY(SELECT j.id FROM procrastinate_jobs j
         WHERE j.id = ANY (v_page) AND j.task_name LIKE 'jobdaemon.%' AND j.status NOT IN ('todo', 'doing')
-            AND CASE WHEN j.args ->> 'order_id' IS NULL THEN v_is_old
-                ELSE NOT EXISTS (SELECT FROM orders o WHERE o.id = (j.args ->> 'order_id')::bigint AND o.retired_at IS NULL) END
+            -- Somebody else's task may be called like ours, and for something else.
+            AND CASE WHEN j.args ->> 'order_id' ~ '^[0-9]{1,18}$'
+                THEN NOT EXISTS (SELECT FROM orders o WHERE o.id = (j.args ->> 'order_id')::bigint AND o.retired_at IS NULL)
+                ELSE v_is_old END
         ORDER BY j.id FOR UPDATE SKIP LOCKED);
+    v_attempts := ARRAY(SELECT a.id FROM attempts a WHERE a.job_id = ANY (v_jobs) ORDER BY a.id FOR UPDATE SKIP LOCKED);
+    v_jobs := ARRAY(SELECT w.id FROM unnest(v_jobs) AS w (id)
+        WHERE NOT EXISTS (SELECT FROM attempts a WHERE a.job_id = w.id AND a.id <> ALL (v_attempts)));
     IF cardinality(v_jobs) > 0 THEN
         v_sources := ARRAY(SELECT DISTINCT j.args ->> 'source' FROM procrastinate_jobs j
             WHERE j.id = ANY (v_jobs) AND j.task_name = 'jobdaemon.prewarm' AND is_own_source(j.args ->> 'source'));
@@ -146,37 +168,52 @@ $$;
 -- Up to p_limit sources that have been idle for p_wait_s seconds, for the caller to delete from the store, which takes it less than ten
 -- minutes: those that somebody began to delete earlier are given out again. Afterwards their rows are to be deleted.
 CREATE FUNCTION sources_to_delete(p_wait_s double precision, p_limit integer) RETURNS SETOF text
-LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET lock_timeout = '500ms'
+SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
 AS $$
 DECLARE
-    v_due text[];
+    v_source text;
+    v_due text[] := '{}';
 BEGIN
-    v_due := ARRAY(SELECT s.source FROM idle_sources s
+    FOR v_source IN SELECT s.source FROM idle_sources s
         WHERE s.idle_since <= clock_timestamp() - p_wait_s * interval '1 second'
-            AND (s.deleting_at IS NULL OR s.deleting_at <= clock_timestamp() - interval '10 minutes')
-        ORDER BY s.idle_since LIMIT 10 * p_limit FOR UPDATE SKIP LOCKED);
-    -- Ordered by a transaction that did not see it idle, or for want of patience while it was deleted.
-    DELETE FROM idle_sources s WHERE s.source = ANY (v_due) AND is_source_needed(s.source);
-    RETURN QUERY UPDATE idle_sources s SET deleting_at = clock_timestamp()
-        WHERE s.source = ANY (ARRAY(SELECT w.source FROM idle_sources w WHERE w.source = ANY (v_due) ORDER BY w.idle_since LIMIT p_limit))
-        RETURNING s.source;
+            AND (s.deleting_at IS NULL
+                -- the second since a clock may be set back
+                OR s.deleting_at NOT BETWEEN clock_timestamp() - interval '10 minutes' AND clock_timestamp() + interval '10 minutes')
+        ORDER BY s.idle_since LIMIT 50 * p_limit FOR UPDATE SKIP LOCKED
+    LOOP
+        EXIT WHEN cardinality(v_due) >= p_limit;
+        -- Ordered since; also for want of patience while it was deleted.
+        IF is_source_needed(v_source) THEN
+            DELETE FROM idle_sources s WHERE s.source = v_source;
+        ELSE
+            v_due := v_due || v_source;
+        END IF;
+    END LOOP;
+    RETURN QUERY UPDATE idle_sources s SET deleting_at = clock_timestamp() WHERE s.source = ANY (v_due) RETURNING s.source;
 END;
 $$;
 
 -- Removes the rows of up to p_limit retired orders that ended p_age_s seconds ago or before, with images and calls; says how many.
 CREATE FUNCTION remove_orders(p_age_s double precision, p_limit integer) RETURNS integer
-LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp SET lock_timeout = '500ms'
+SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
 AS $$
 DECLARE
-    v_count integer;
+    v_orders bigint[];
 BEGIN
-    DELETE FROM orders WHERE id = ANY (ARRAY(SELECT o.id FROM orders o
-        WHERE o.pruned_at IS NOT NULL AND o.finished_at <= now() - p_age_s * interval '1 second'
-            AND NOT EXISTS (SELECT FROM procrastinate_jobs j WHERE (j.args ->> 'order_id')::bigint = o.id
-                AND j.task_name LIKE 'jobdaemon.%' AND j.status IN ('todo', 'doing'))
-        ORDER BY o.finished_at LIMIT p_limit FOR UPDATE SKIP LOCKED));
-    GET DIAGNOSTICS v_count = ROW_COUNT;
-    RETURN v_count;
+    v_orders := ARRAY(SELECT o.id FROM orders o
+        WHERE o.pruned_at IS NOT NULL AND o.finished_at <= now() - p_age_s * interval '1 second' AND NOT has_open_jobs(o.id)
+        ORDER BY o.finished_at LIMIT p_limit FOR UPDATE SKIP LOCKED);
+    -- Nothing new begins for them now that they are locked; it may have begun since we looked. What goes with them must be free as well.
+    v_orders := ARRAY(SELECT w.id FROM unnest(v_orders) AS w (id)
+        WHERE NOT has_open_jobs(w.id)
+            AND (SELECT count(*) FROM images i WHERE i.order_id = w.id)
+                = (SELECT count(*) FROM (SELECT FROM images i WHERE i.order_id = w.id FOR UPDATE SKIP LOCKED) AS free)
+            AND (SELECT count(*) FROM provider_calls c WHERE c.order_id = w.id)
+                = (SELECT count(*) FROM (SELECT FROM provider_calls c WHERE c.order_id = w.id FOR UPDATE SKIP LOCKED) AS free));
+    DELETE FROM orders o WHERE o.id = ANY (v_orders);
+    RETURN cardinality(v_orders);
 END;
 $$;
 

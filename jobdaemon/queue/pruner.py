@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import ARTIFACT_SCHEME, work_folder
-from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, StoreRefusedError
+from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, RowsLockedError, StoreRefusedError
 from jobdaemon.events import Events, OrdersRemoved, OrdersRetired, UpkeepFailed
 from jobdaemon.ports import ArtifactStore
 from jobdaemon.queue import sql
@@ -151,6 +151,8 @@ class Pruner:
         """Whether there is more to do. One step that fails, since the store is away, does not keep the others from their work."""
         try:
             return await step()
+        except RowsLockedError as error:  # nobody else tells of it
+            self._events.emit(UpkeepFailed(error=f"retention waits: {error}", chore="retention"))
         except DatabaseUnavailableError:
             pass  # the heartbeat reports it
         except Exception as error:  # noqa: BLE001 - upkeep goes on
@@ -167,11 +169,11 @@ class Pruner:
 
     async def _clear_away(self) -> bool:
         order_ids = await self._rows.retired(self._cleared_to, _ORDERS)
-        self._cleared_to = 0  # begin anew, unless all goes well
         gone: list[int] = []
         refused: StoreRefusedError | None = None
         try:
             for order_id in order_ids:
+                self._cleared_to = order_id  # whatever happens to it: those behind it come next
                 try:
                     await self._store.delete_folder(work_folder(order_id))
                     gone.append(order_id)
@@ -179,8 +181,8 @@ class Pruner:
                     refused = error  # a folder that somebody else owns keeps none of the others
         finally:
             await self._rows.pruned(gone)
-        if len(order_ids) == _ORDERS:
-            self._cleared_to = order_ids[-1]
+        if len(order_ids) < _ORDERS:
+            self._cleared_to = 0
         if refused is not None:
             raise refused
         return len(order_ids) == _ORDERS
@@ -209,6 +211,10 @@ class Pruner:
                     except StoreRefusedError as error:
                         refused = error
                         continue
+                    except asyncio.CancelledError:
+                        # The store may still do it: nobody may store it anew until that is over, which takes it minutes at most.
+                        left.remove(source)
+                        raise
                     await self._rows.sources_deleted([source])
                     left.remove(source)
         finally:

@@ -192,6 +192,40 @@ async def test_daemon_keeps_prewarmed_photos(login: Callable[[str], str], sql: S
         await store.close()
 
 
+async def test_daemon_clears_away(login: Callable[[str], str], sql: Sql) -> None:
+    """The daemon's role retires and removes orders; a producer, whose orders they are, may only hold a photo for another one."""
+    source = f"artifact:sources/00/{0:064}.jpg"
+    with psycopg.connect(login("jobdaemon_producer"), autocommit=True) as app:
+        assert app.execute("SELECT jobdaemon.hold_source(%s)", [source]).fetchone() == (True,)
+        app.execute("SELECT jobdaemon.enqueue_order('Free', %s)", [source])
+        for call in ("retire_orders(1, 1)", "prune_jobs(0, 1, 1)", "sources_to_delete(0, 1)", "remove_orders(1, 1)"):
+            with pytest.raises(errors.InsufficientPrivilege):
+                app.execute(f"SELECT jobdaemon.{call}".encode())
+        with pytest.raises(errors.InsufficientPrivilege):
+            app.execute("SELECT * FROM jobdaemon.idle_sources")
+    sql.execute("UPDATE jobdaemon.procrastinate_jobs SET status = 'succeeded'")
+    sql.execute("UPDATE jobdaemon.procrastinate_events SET at = now() - interval '1 day'")
+    sql.execute("UPDATE jobdaemon.orders SET status = 'failed', finished_at = now() - interval '1 day'")
+    sql.execute("UPDATE jobdaemon.idle_sources SET idle_since = now() - interval '1 day'")
+    store = PostgresJobStore(DatabaseAddress(login("jobdaemon_daemon")))
+    hour, none = timedelta(hours=1), timedelta(0)
+    try:
+        assert await store.retention.sources_to_delete(hour, 1) == []
+        assert await store.retention.retire(hour, 1) == 1
+        [order_id] = await store.retention.retired(0, 1)
+        await store.retention.pruned([order_id])
+        await store.retention.prune_jobs(0, hour, 10)
+        assert await store.retention.sources_to_delete(none, 1) == [source]
+        await store.retention.sources_not_deleted([source])
+        assert await store.retention.sources_to_delete(none, 1) == [source]
+        await store.retention.sources_deleted([source])
+        assert await store.retention.remove(hour, 1) == 1
+    finally:
+        await store.close()
+    for table in ("orders", "images", "procrastinate_jobs", "procrastinate_events", "idle_sources"):
+        assert sql.execute(f"SELECT FROM jobdaemon.{table}".encode()).fetchall() == [], table
+
+
 async def test_daemon_keeps_photo_links(login: Callable[[str], str]) -> None:
     """The daemon's role notes where photos lie, finds and deletes them."""
     store = PostgresJobStore(DatabaseAddress(login("jobdaemon_daemon")))

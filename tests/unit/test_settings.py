@@ -456,6 +456,8 @@ class TestTree:
             ("[plans.Pro]\nexpires_after = '30 min'", "plans.Pro.lift_after: must be shorter than plans.Pro.expires_after"),
             ("[plans.Start]\nimages = 5", "orders.prompts.Start: holds 6 prompts, more than plans.Start.images allows"),
             ("[orders.prompts]\nFree = [' ']", "orders.prompts.Free: has a prompt that is empty"),
+            ("[retention]\norders = '1d'", "retention.orders: must not be shorter than retention.photos"),
+            ("[retention]\nphotos = ''\norders = '900d'", "retention.orders: must be never where retention.photos is"),
             ("[cache]\nproviders = ['local']", "cache.providers: names local, which makes its images on this machine"),
             ("[cache]\nproviders = ['nobody']", "cache.providers: there is no provider 'nobody'; there is"),
             ("[database]\nurl = 'mysql://u:secret@h/d'", "database.url: must start with postgresql://"),
@@ -474,6 +476,14 @@ class TestTree:
             line.startswith(says) for line in found
         ), found
         assert "u:secret" not in "".join(found)
+
+    def test_never_can_be_said_in_a_variable(self, write: Write) -> None:
+        """An empty variable is none at all: who means to keep everything says never, there and in the file."""
+        variable = "JOBDAEMON_RETENTION__PHOTOS"
+        assert load_settings(None, {variable: ""}).retention.photos == timedelta(days=30)
+        assert load_settings(None, {variable: "never"}).retention.photos is None
+        for word in ("", "never"):
+            assert load_settings(write(f'[retention]\nphotos = "{word}"'), {}).retention.photos is None
 
     def test_all_problems_are_told_at_once(self, write: Write) -> None:
         """What settings mean together is looked at though another value is wrong, and each problem keeps its place."""
