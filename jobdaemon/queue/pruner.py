@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from jobdaemon import db
 from jobdaemon.domain.artifact import ARTIFACT_SCHEME, work_folder
-from jobdaemon.errors import DatabaseUnavailableError, JobdaemonError, RowsLockedError, StoreRefusedError
+from jobdaemon.errors import DatabaseUnavailableError, RowsLockedError, StoreRefusedError
 from jobdaemon.events import Events, OrdersRemoved, OrdersRetired, UpkeepFailed
 from jobdaemon.ports import ArtifactStore
 from jobdaemon.queue import sql
@@ -121,34 +121,16 @@ class Pruner:
     async def run(self) -> None:
         """Go on until cancelled."""
         while True:
-            has_more = False
-            for step in self._steps():
-                has_more |= await self._tried(step)
+            has_more = await self.look()
             await asyncio.sleep((_BUSY_S if has_more else _IDLE_S) * (1 - _JITTER * random.random()))
 
-    async def prune(self) -> None:
-        """
-        Do all that is due.
-
-        Raises:
-            What the store raised last, once everything else was tried.
-        """
-        failed: JobdaemonError | None = None
-        for step in self._steps():
-            try:
-                while await step():
-                    pass
-            except JobdaemonError as error:
-                failed = error
-        if failed is not None:
-            raise failed
-
-    def _steps(self) -> tuple[Callable[[], Awaitable[bool]], ...]:
-        """Each does a part and says whether there is more of it."""
-        return (self._retire, self._clear_away, self._prune_jobs, self._delete_sources, self._remove)
+    async def look(self) -> bool:
+        """Do a part of all that is due; says whether there is more of it. What fails is an event, and keeps nothing else back."""
+        steps = (self._retire, self._clear_away, self._prune_jobs, self._delete_sources, self._remove)
+        return any([await self._tried(step) for step in steps])
 
     async def _tried(self, step: Callable[[], Awaitable[bool]]) -> bool:
-        """Whether there is more to do. One step that fails, since the store is away, does not keep the others from their work."""
+        """Whether *step* says that there is more to do."""
         try:
             return await step()
         except RowsLockedError as error:  # nobody else tells of it

@@ -332,8 +332,6 @@ def _delete_folder(root: Path, key: str) -> None:
                         shutil.rmtree(name, dir_fd=parent)
         except FileNotFoundError:
             pass
-        except RecursionError as exc:
-            raise StoreRefusedError(f"The folder {root / key} is nested too deeply: remove it by hand.") from exc
     _remove_empty(root, names)
 
 

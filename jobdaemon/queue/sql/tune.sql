@@ -194,4 +194,45 @@ BEGIN
 END;
 $$;
 
+-- Who may do what. In this step, so that a new function needs one name here and no copy of the whole in its migration.
+CREATE OR REPLACE FUNCTION grant_roles() RETURNS void
+LANGUAGE plpgsql SET search_path = jobdaemon, pg_temp
+AS $$
+DECLARE
+    v_function regprocedure;
+    v_view regclass;
+BEGIN
+    -- Functions may be executed by everybody unless that is taken away.
+    REVOKE ALL ON ALL FUNCTIONS IN SCHEMA jobdaemon FROM PUBLIC;
+    IF to_regrole('jobdaemon_producer') IS NOT NULL THEN
+        GRANT USAGE ON SCHEMA jobdaemon TO jobdaemon_producer;
+        FOR v_function IN SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'jobdaemon'::regnamespace
+            AND p.proname IN ('enqueue_order', 'cancel_order', 'redrive', 'pause_queue', 'resume_queue', 'resize_queue',
+                'drain_daemon', 'prioritize_order', 'pause_key', 'resume_key', 'prewarm', 'hold_source', 'cancel_prewarm', 'clear_cache')
+        LOOP
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO jobdaemon_producer', v_function);
+        END LOOP;
+    END IF;
+    IF to_regrole('jobdaemon_reader') IS NOT NULL THEN
+        GRANT USAGE ON SCHEMA jobdaemon TO jobdaemon_reader;
+        FOR v_view IN SELECT c.oid::regclass FROM pg_class c
+            WHERE c.relnamespace = 'jobdaemon'::regnamespace AND c.relkind = 'v'
+        LOOP
+            EXECUTE format('GRANT SELECT ON %s TO jobdaemon_reader', v_view);
+        END LOOP;
+        -- A view reads tables as its owner but calls functions as its reader.
+        FOR v_function IN SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'jobdaemon'::regnamespace
+            AND p.proname IN ('order_waits_for', 'explain_order', 'explain_job')
+        LOOP
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO jobdaemon_reader', v_function);
+        END LOOP;
+    END IF;
+    IF to_regrole('jobdaemon_daemon') IS NOT NULL THEN
+        GRANT USAGE ON SCHEMA jobdaemon TO jobdaemon_daemon;
+        GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA jobdaemon TO jobdaemon_daemon;
+        GRANT USAGE ON ALL SEQUENCES IN SCHEMA jobdaemon TO jobdaemon_daemon;
+        GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA jobdaemon TO jobdaemon_daemon;
+    END IF;
+END;
+$$;
 SELECT grant_roles();
